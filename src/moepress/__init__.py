@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""moepress: Mixture-of-Experts checkpoints at 1 to 4 bits a weight, with the lost accuracy bought back.
+
+`import moepress` registers the format with transformers, so that `AutoModelForCausalLM.from_pretrained(folder)` loads
+compressed folders.
+"""
+
+from moepress.errors import MoepressError
+from moepress.format.spec import WeightSpec
+from moepress.pipeline import compress_checkpoint, plan_checkpoint
+from moepress.plan.plan import Plan
+from moepress.plan.settings import Settings
+from moepress.verify import verify_checkpoint
+from moepress.version import __version__
+
+__all__ = [
+    "MoepressError",
+    "Plan",
+    "Settings",
+    "WeightSpec",
+    "__version__",
+    "compress_checkpoint",
+    "plan_checkpoint",
+    "verify_checkpoint",
+]

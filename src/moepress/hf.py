@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registers `quant_method: moepress` with transformers, so that `from_pretrained` loads compressed folders.
+
+Only hooks that are the same in transformers 5.15 to 5.23 are overridden. Importing this module (which `import moepress`
+does) registers; a second import does nothing.
+
+The guard: transformers ignores a quant_method it does not know, and would run with random experts. Compressed folders
+therefore ask in config.json for an experts implementation whose *name* is the instruction below; without moepress
+every transformers 5 refuses to build the model and prints that name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.integrations.moe import ExpertsInterface
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as _CONFIGS
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moepress.checkpoint.reader import CheckpointReader
+from moepress.errors import CheckpointError
+from moepress.format.manifest import QUANT_METHOD, Manifest
+from moepress.graph.families import family_of
+from moepress.graph.view import Family
+from moepress.runtime.build import check_claims, check_files, install
+
+EXPERTS_GUARD = "moepress; this checkpoint needs: pip install moepress, then `import moepress` before loading it"
+
+
+class MoepressConfig(QuantizationConfigMixin):
+    """`quantization_config` as transformers passes it around; `manifest` is its meaning."""
+
+    def __init__(self, **config: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.manifest = Manifest.from_config({"quant_method": QUANT_METHOD} | config)
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.manifest.to_config()
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class MoepressQuantizer(HfQuantizer):
+    """Builds the compressed modules before the weights are loaded, and checks names and shapes."""
+
+    requires_calibration = True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise CheckpointError("moepress compresses folders, not loaded models: run `moepress compress SRC DST` first")
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        manifest: Manifest = self.quantization_config.manifest
+        family = family_of(model.config.model_type)
+        name_of = _namer(model, family)
+        install(model, manifest, name_of)
+        if checkpoint_files:
+            _check_against_files(model, manifest, checkpoint_files, name_of)
+        model.config.quantization_config = self.quantization_config
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        # serialised with the config, so that a saved copy is guarded too
+        model.config.experts_implementation = EXPERTS_GUARD
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _namer(model: Any, family: Family) -> Callable[[str], str | None]:
+    """Stored name -> this model's name; None for layers beyond the model's (a next-token head it does not build)."""
+    prefix = "" if hasattr(model, "model") else "model."
+    depth = model.config.num_hidden_layers
+
+    def name_of(stored: str) -> str | None:
+        layer = re.match(r"model\.layers\.(\d+)\.", stored)
+        if layer and int(layer.group(1)) >= depth:
+            return None
+        name = family.module_name(stored)
+        return name.removeprefix(prefix) if not prefix or name.startswith(prefix) else None
+
+    return name_of
+
+
+def _check_against_files(
+    model: Any, manifest: Manifest, files: Any, name_of: Callable[[str], str | None]
+) -> None:
+    folders = {str(file).rpartition("/")[0] for file in files}
+    if len(folders) != 1:
+        raise CheckpointError(f"the weights lie in several folders ({', '.join(sorted(folders))}); moepress reads one")
+    with CheckpointReader(folders.pop()) as reader:
+        found = {name: (info.dtype, info.shape) for name, info in reader.tensors.items()}
+    check_files(manifest.stored(), found)
+    own = set(model.state_dict())
+    kept_banks = [n for n in own if n.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
+    merged = [n.rpartition(".experts.")[0] + "." for n in kept_banks]
+    names = {name_of(stored): stored for stored in found}
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    check_claims(model, {n: s for n, s in names.items() if n}, ignored, merged)
+
+
+def _full_precision_experts(experts: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """For layers whose experts were kept: transformers' own loop over experts."""
+    return type(experts).forward.__wrapped__(experts, *args, **kwargs)
+
+
+if QUANT_METHOD not in _CONFIGS:
+    register_quantization_config(QUANT_METHOD)(MoepressConfig)
+    register_quantizer(QUANT_METHOD)(MoepressQuantizer)
+ExpertsInterface.register(EXPERTS_GUARD, _full_precision_experts)

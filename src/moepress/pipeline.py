@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The product on one page: a source folder, a plan, one weight at a time, a target folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moepress.checkpoint.layout import Layout, lay_out
+from moepress.checkpoint.writer import CheckpointWriter, Piece
+from moepress.errors import CheckpointError, PlanError, WriteError
+from moepress.format.manifest import BankEntry, Manifest
+from moepress.graph.view import WeightRef
+from moepress.measure.weights import excess_kurtosis
+from moepress.plan.plan import Plan, check_plan, make_plan, manifest_of
+from moepress.plan.ranks import Evidence, needs
+from moepress.plan.settings import Settings
+from moepress.progress import Progress, silent
+from moepress.quantize.job import check_finite, compress_weight
+from moepress.report import already_complete, summarise, target_files
+from moepress.source import Source, open_source
+from moepress.version import __version__
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did: the plan, the sizes written and the relative error of each weight."""
+
+    plan: Plan
+    summary: Mapping[str, Any]
+    errors: Mapping[str, float]
+    resumed: int
+    """Weights and tensors that an earlier, unfinished run had done."""
+
+
+def compress_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    settings: Settings | None = None,
+    *,
+    plan: Plan | None = None,
+    frequencies: Mapping[str, Sequence[float]] | None = None,
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+    progress: Progress = silent,
+) -> Result:
+    """Compresses the checkpoint in `source` into the new folder `target`, weight by weight.
+
+    Takes settings or a ready plan. `frequencies` (bank name -> token counts) serve the frequency rank policy. The
+    target appears only when it is complete; `resume` continues a run that was cut off and ends in the same bytes.
+    Raises CheckpointError, PlanError or ResumeError with nothing published.
+    """
+    with open_source(source) as src:
+        plan = _resolve(src, settings, plan, frequencies or {}, progress)
+        manifest = manifest_of(plan, src.graph)
+        layout = layout_of(src, plan, manifest)
+        fingerprint = _fingerprint(src, plan, device, progress)
+        if resume and already_complete(Path(target), fingerprint):
+            return Result(plan, summarise(src, plan, layout), {}, len(src.graph.weights))
+        with CheckpointWriter(target, layout, fingerprint, resume=resume) as out:
+            resumed = len(out.done)
+            try:
+                _compress_weights(src, plan, manifest, out, device, progress)
+                _copy_tensors(src, plan, out)
+            except WriteError:
+                raise
+            except CheckpointError:
+                out.discard()  # a damaged source can never be finished
+                raise
+            errors = {name: info["error"] for name, info in sorted(out.done.items()) if "error" in info}
+            summary = summarise(src, plan, layout)
+            for name, data in target_files(src, plan, manifest, layout, fingerprint, errors, out.tensor_digests()).items():
+                out.add_file(name, data)
+            out.publish()
+    return Result(plan, summary, errors, resumed)
+
+
+def plan_checkpoint(
+    source: str | Path,
+    settings: Settings,
+    *,
+    frequencies: Mapping[str, Sequence[float]] | None = None,
+    progress: Progress = silent,
+) -> Plan:
+    """The decisions that `compress_checkpoint` would take, with the exact bytes it would write in `notes`."""
+    with open_source(source) as src:
+        plan = _resolve(src, settings, None, frequencies or {}, progress)
+        layout = layout_of(src, plan, manifest_of(plan, src.graph))
+        notes = dict(plan.notes) | {"predicted": summarise(src, plan, layout)}
+        return Plan(plan.source, plan.method, plan.iterations, plan.weights, notes)
+
+
+def layout_of(src: Source, plan: Plan, manifest: Manifest) -> Layout:
+    """Where every tensor of the target will lie: kept ones as they are (FP8 as bfloat16), the rest as stored parts."""
+    tensors = {name: _float_info(src, name) for name in _kept_names(src, plan)} | manifest.stored()
+    return lay_out(dict(sorted(tensors.items(), key=lambda item: _layer_order(item[0]))))
+
+
+def _resolve(
+    src: Source,
+    settings: Settings | None,
+    plan: Plan | None,
+    frequencies: Mapping[str, Sequence[float]],
+    progress: Progress,
+) -> Plan:
+    if (settings is None) == (plan is None):
+        raise PlanError("give either settings or a plan")
+    if settings is not None:
+        measured = measure_kurtosis(src, progress) if "kurtosis" in needs(settings.ranks) else {}
+        return make_plan(src.graph, src.digest, settings, Evidence(measured, frequencies))
+    assert plan is not None
+    if plan.source != src.digest:
+        raise PlanError(f"the plan is for a source with digest {plan.source[:12]}, {src.folder} has {src.digest[:12]}")
+    check_plan(plan, src.graph)
+    return plan
+
+
+def measure_kurtosis(src: Source, progress: Progress = silent) -> dict[str, float]:
+    """Excess kurtosis of every weight, by name; reads each once."""
+    found = {}
+    with progress("measuring kurtosis", sum(ref.numel for ref in src.graph.weights)) as advance:
+        for ref in src.graph.weights:
+            weight = src.weight(ref)
+            check_finite(ref.name, weight)
+            found[ref.name] = excess_kurtosis(weight)
+            advance(ref.numel)
+    return found
+
+
+def _compress_weights(
+    src: Source, plan: Plan, manifest: Manifest, out: CheckpointWriter, device: str | torch.device, progress: Progress
+) -> None:
+    slots = _slots(manifest)
+    with progress("compressing", sum(ref.numel for ref in src.graph.weights)) as advance:
+        for ref in src.graph.weights:
+            spec = plan.weights[ref.name]
+            if spec is not None and ref.name not in out.done:
+                weight = src.weight(ref).to(device)
+                done = compress_weight(ref.name, weight, spec, plan.method, plan.iterations)
+                pieces = _pieces(ref, done.parts, slots)
+                out.put(ref.name, pieces, {"error": round(done.error, 6), "alternations": done.alternations})
+            advance(ref.numel)
+
+
+def _copy_tensors(src: Source, plan: Plan, out: CheckpointWriter) -> None:
+    for name in _kept_names(src, plan):
+        if name not in out.done:
+            tensor = src.reader.load_float(name)
+            if tensor.is_floating_point():
+                check_finite(name, tensor)
+            out.put(name, [(name, None, tensor)])
+
+
+def _pieces(ref: WeightRef, parts: Mapping[str, torch.Tensor], slots: Mapping[Any, tuple[str, int]]) -> list[Piece]:
+    if ref.bank is None:
+        return [(f"{ref.module}.{part}", None, tensor) for part, tensor in parts.items()]
+    tag, slot = slots[ref.bank, ref.projection, ref.expert]
+    return [(f"{ref.bank}.{ref.projection}.{tag}.{part}", slot, tensor) for part, tensor in parts.items()]
+
+
+def _slots(manifest: Manifest) -> dict[tuple[str, str, int], tuple[str, int]]:
+    """(bank, projection, expert) -> (tag, slot)."""
+
+    def of(name: str, bank: BankEntry) -> Any:
+        for projection in ("gate", "up", "down"):
+            for tag, experts in bank.buckets(projection).items():
+                for slot, expert in enumerate(experts):
+                    yield (name, projection, expert), (tag, slot)
+
+    return {key: value for name, bank in manifest.banks.items() for key, value in of(name, bank)}
+
+
+def _kept_names(src: Source, plan: Plan) -> list[str]:
+    kept = [tensor.name for tensor in src.graph.kept]
+    uncompressed = {ref.tensor: None for ref in src.graph.weights if plan.weights[ref.name] is None}
+    return kept + list(uncompressed)
+
+
+def _float_info(src: Source, name: str) -> tuple[str, tuple[int, ...]]:
+    info = src.reader.tensors[name]
+    return ("BF16" if info.dtype == "F8_E4M3" else info.dtype), info.shape
+
+
+def _layer_order(name: str) -> tuple[int, str]:
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    return (numbers[0] if numbers else -1, name)
+
+
+def _fingerprint(src: Source, plan: Plan, device: str | torch.device, progress: Progress) -> dict[str, str]:
+    digests = {f"source file {name}": digest for name, digest in src.file_digests(progress).items()}
+    versions = {"moepress": __version__, "torch": torch.__version__}
+    return {**digests, "plan": plan.digest(), **versions, "device": torch.device(device).type}

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plan: the fate of every weight, as data that people read, edit and compare. Pure, no torch.
+
+A plan names each weight's spec by its tag (`b3g64r16f3`) or says `keep`. It carries the digest of the source's names
+and shapes, so that it cannot be applied to another model by mistake; editing tags by hand is fine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from moepress.errors import PlanError
+from moepress.format.manifest import BankEntry, LinearEntry, Manifest
+from moepress.format.spec import WeightSpec, check_shape
+from moepress.graph.view import ROUTED, ModelGraph, WeightRef
+from moepress.plan.ranks import Evidence, assign_ranks
+from moepress.plan.settings import METHODS, Settings
+
+PLAN_VERSION = 1
+KEEP = "keep"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`weights` maps a weight's name to its spec, or to None where it is kept as it is."""
+
+    source: str
+    """Digest of the source's tensor names, dtypes and shapes."""
+    method: str
+    iterations: int
+    weights: Mapping[str, WeightSpec | None]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """For people: the settings it came from and the sizes predicted. Never read back."""
+
+    def to_json(self) -> str:
+        """One line a weight; `from_json` is the inverse but for `notes`."""
+        tags = {name: spec.tag if spec else KEEP for name, spec in self.weights.items()}
+        head = {"moepress_plan": PLAN_VERSION, "source": self.source, "method": self.method}
+        body = head | {"iterations": self.iterations, "notes": dict(self.notes), "weights": tags}
+        return json.dumps(body, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Raises PlanError for anything that is not a plan of this version."""
+        try:
+            body = json.loads(text)
+            if body["moepress_plan"] != PLAN_VERSION:
+                raise PlanError(f"plan version {body['moepress_plan']!r}; this moepress reads {PLAN_VERSION}")
+            weights = {name: None if tag == KEEP else WeightSpec.parse(tag) for name, tag in body["weights"].items()}
+            plan = cls(str(body["source"]), str(body["method"]), int(body["iterations"]), weights, body["notes"])
+        except PlanError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise PlanError(f"not a moepress plan: {error!r}; write one with `moepress plan SRC -o FILE`") from error
+        if plan.method not in METHODS:
+            raise PlanError(f"plan: method {plan.method!r} is unknown; choose one of {', '.join(METHODS)}")
+        return plan
+
+    def digest(self) -> str:
+        """sha256 of the decisions: two plans with equal digests give equal bytes."""
+        decided = {name: spec.tag if spec else KEEP for name, spec in self.weights.items()}
+        text = json.dumps([self.source, self.method, self.iterations, sorted(decided.items())])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_plan(graph: ModelGraph, source: str, settings: Settings, evidence: Evidence) -> Plan:
+    """Settings and evidence to a plan for every weight of the graph. Raises PlanError as `check_plan` does."""
+    kept = {ref.name for ref in graph.weights if _is_kept(ref, settings.keep)}
+    unused = [p for p in settings.keep if not any(_is_kept(ref, (p,)) for ref in graph.weights)]
+    if unused:
+        raise PlanError(f"--keep {unused[0]!r} matches no weight; give a name pattern, a role (attn.q) or a group (expert)")
+    base = WeightSpec(bits=settings.bits, group_size=settings.group_size)
+    chosen = [ref for ref in graph.weights if ref.name not in kept]
+    ranks = assign_ranks(settings.ranks, chosen, base, settings.factor_bits, evidence)
+    weights = {ref.name: _spec(settings, ranks[ref.name]) if ref.name in ranks else None for ref in graph.weights}
+    plan = Plan(source, settings.method, settings.iterations, weights, {"settings": settings.as_dict()})
+    check_plan(plan, graph)
+    return plan
+
+
+def check_plan(plan: Plan, graph: ModelGraph) -> None:
+    """Raises PlanError unless the plan decides every weight of the graph, once, in a way that can be stored."""
+    missing = [ref.name for ref in graph.weights if ref.name not in plan.weights]
+    if missing:
+        raise PlanError(f"the plan says nothing of {_some(missing)}; add a spec or \"keep\" for each")
+    unknown = sorted(set(plan.weights) - {ref.name for ref in graph.weights})
+    if unknown:
+        raise PlanError(f"the plan names {_some(unknown)}, which the source does not have")
+    for ref in graph.weights:
+        spec = plan.weights[ref.name]
+        if spec:
+            check_shape(ref.name, spec, *ref.shape)
+            if spec.rank and plan.method != "milo":
+                raise PlanError(f"{ref.name}: rank {spec.rank} needs method milo, the plan's is {plan.method}")
+    _check_banks(plan, graph)
+
+
+def manifest_of(plan: Plan, graph: ModelGraph) -> Manifest:
+    """What the target's config.json will say."""
+    linears: dict[str, LinearEntry] = {}
+    banks: dict[str, dict[tuple[int, str], WeightRef]] = {}
+    for ref in graph.weights:
+        spec = plan.weights[ref.name]
+        if spec is None:
+            continue
+        if ref.bank is None:
+            linears[ref.module] = LinearEntry(spec, ref.shape)
+        else:
+            assert ref.expert is not None, f"{ref.name} is in a bank but has no expert number"
+            banks.setdefault(ref.bank, {})[ref.expert, ref.projection] = ref
+    return Manifest(linears, {name: _bank(plan, refs) for name, refs in banks.items()})
+
+
+def source_digest(model_type: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+    """sha256 over a checkpoint's tensor names, dtypes and shapes."""
+    text = json.dumps([model_type, sorted((name, dtype, list(shape)) for name, (dtype, shape) in tensors.items())])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _bank(plan: Plan, refs: Mapping[tuple[int, str], WeightRef]) -> BankEntry:
+    count = max(expert for expert, _ in refs) + 1
+
+    def specs(projection: str) -> tuple[WeightSpec, ...]:
+        found = [plan.weights[refs[expert, projection].name] for expert in range(count)]
+        return tuple(spec for spec in found if spec)
+
+    return BankEntry(refs[0, "gate"].shape, refs[0, "down"].shape, specs("gate"), specs("down"))
+
+
+def _check_banks(plan: Plan, graph: ModelGraph) -> None:
+    banks: dict[str, dict[tuple[int | None, str], WeightRef]] = {}
+    for ref in graph.weights:
+        if ref.bank is not None:
+            banks.setdefault(ref.bank, {})[ref.expert, ref.projection] = ref
+    for name, refs in banks.items():
+        kept = [ref.name for ref in refs.values() if plan.weights[ref.name] is None]
+        if kept and len(kept) < len(refs):
+            raise PlanError(f"{name}: {_some(kept)} would stay at full size beside compressed experts; keep all or none")
+        for (expert, projection), ref in refs.items():
+            up = refs[expert, "up"]
+            if projection == "gate" and plan.weights[ref.name] != plan.weights[up.name]:
+                gate_tag, up_tag = (plan.weights[r.name] for r in (ref, up))
+                raise PlanError(
+                    f"{ref.name} and {up.name} must share one spec; the plan gives "
+                    f"{gate_tag and gate_tag.tag} and {up_tag and up_tag.tag}"
+                )
+
+
+def _spec(settings: Settings, rank: int) -> WeightSpec:
+    factor_bits = settings.factor_bits if rank else 0
+    return WeightSpec(bits=settings.bits, group_size=settings.group_size, rank=rank, factor_bits=factor_bits)
+
+
+def _is_kept(ref: WeightRef, patterns: tuple[str, ...]) -> bool:
+    aliases = {"routed": ROUTED, "attention": "attn"}
+    return any(
+        fnmatchcase(ref.name, p) or fnmatchcase(ref.role, p) or ref.group == aliases.get(p, p) for p in patterns
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

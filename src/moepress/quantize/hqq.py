@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HQQ: the zero of each group fitted by half-quadratic splitting, without data.
+
+Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023), in the default variant of the
+package `hqq` (the one MiLo uses): p = 0.7, beta = 10, at most 20 iterations, a stop when the mean error of the whole
+matrix no longer falls.
+
+    q = clamp(round(w S + Z)),  e = shrink_p(w - (q - Z) / S, beta),  Z = mean_group(q - (w - e) S)
+
+Older copies of the solver, MiLo's among them, also multiply beta by 1.01 in each iteration; the package no longer does
+(0.2.8). That matters only where the shrinkage acts at all, which is where |w - D| > beta^(-1 / (2 - p)) = 0.17: far
+above the residuals of large models, but not of every small one. Where a bound proves it idle it is not evaluated.
+
+A group's iterates depend on no other group; only the stopping index does. So each chunk of rows runs all iterations
+while it is in cache, keeps its history of zeros and errors, and the zeros of the common stopping index are picked at
+the end.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from moepress.quantize.affine import AffineWeight, group_views, half, minmax, row_chunks, to_codes
+
+NORM = 0.7
+BETA = 10.0
+ITERATIONS = 20
+SHRINK_FROM = BETA ** (-1 / (2 - NORM))
+"""Residuals up to this size shrink to zero."""
+
+
+def hqq(name: str, weight: torch.Tensor, bits: int, group_size: int) -> AffineWeight:
+    """A weight [N, K] of any float dtype -> codes, scale, zero."""
+    chunks = [_ChunkHistory(weight[rows].float(), bits, group_size) for rows in row_chunks(weight)]
+    steps = _stopping_index(torch.stack([chunk.errors for chunk in chunks]).sum(0).tolist())
+    codes = torch.cat([
+        chunk.codes(weight[rows].float(), steps, bits, group_size)
+        for chunk, rows in zip(chunks, row_chunks(weight), strict=True)
+    ])  # fmt: skip
+    scale = torch.cat([chunk.inverse for chunk in chunks]).reciprocal_()
+    zero = torch.cat([chunk.zeros[steps] for chunk in chunks])
+    return AffineWeight(codes, half(name, scale, "scale"), half(name, zero, "zero"))
+
+
+class _ChunkHistory:
+    """All iterations of some rows: `inverse` [n, G], `zeros` [steps + 1, n, G], summed `errors` [steps]."""
+
+    def __init__(self, rows: torch.Tensor, bits: int, group_size: int) -> None:
+        inverses, zeros, self.errors = [], [], torch.zeros(ITERATIONS, dtype=torch.float64, device=rows.device)
+        for groups in group_views(rows, group_size):
+            inverse, zero = minmax(groups, bits)
+            history, errors = _iterate(groups, inverse, zero, bits)
+            inverses.append(inverse.squeeze(-1))
+            zeros.append(history.squeeze(-1))
+            self.errors += errors
+        self.inverse, self.zeros = torch.cat(inverses, 1), torch.cat(zeros, 2)
+
+    def codes(self, rows: torch.Tensor, steps: int, bits: int, group_size: int) -> torch.Tensor:
+        """The codes of these rows with the zeros after `steps` iterations."""
+        codes, first = [], 0
+        for groups in group_views(rows, group_size):
+            here = slice(first, first + groups.shape[1])
+            inverse, zero = self.inverse[:, here], self.zeros[steps][:, here]
+            codes.append(to_codes(groups, inverse.unsqueeze(-1), zero.unsqueeze(-1), bits).flatten(1))
+            first = here.stop
+        return torch.cat(codes, 1)
+
+
+def _iterate(
+    groups: torch.Tensor, inverse: torch.Tensor, zero: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeros [steps + 1, n, G, 1] (the first is the start) and the summed |w - D| [steps] of each iteration."""
+    inert = _shrinkage_is_inert(groups, inverse)
+    scaled = groups * inverse
+    shifted, codes = torch.empty_like(scaled), torch.empty_like(scaled)
+    zeros, errors = [zero], []
+    for _ in range(ITERATIONS):
+        torch.add(scaled, zero, out=shifted)
+        torch.round(shifted, out=codes).clamp_(0, 2**bits - 1)
+        if inert:
+            errors.append(shifted.sub_(codes).abs_().sum(-1, keepdim=True).div_(inverse).sum(dtype=torch.float64))
+            zero = codes.sub_(scaled).mean(-1, keepdim=True)
+        else:
+            residual = groups - (codes - zero) / inverse
+            errors.append(residual.abs().sum(dtype=torch.float64))
+            zero = (codes - (groups - shrink(residual)) * inverse).mean(-1, keepdim=True)
+        zeros.append(zero)
+    return torch.stack(zeros), torch.stack(errors)
+
+
+def shrink(residual: torch.Tensor) -> torch.Tensor:
+    """The generalised soft threshold sign(x) relu(|x| - |x|^(p - 1) / beta) of HQQ."""
+    size = residual.abs()
+    if size.max() <= SHRINK_FROM:
+        return torch.zeros_like(residual)
+    return size.sub(size.pow(NORM - 1) / BETA).clamp_(min=0).mul_(residual.sign())
+
+
+def _shrinkage_is_inert(groups: torch.Tensor, inverse: torch.Tensor) -> bool:
+    # |w - D| <= (spread of w) + (spread of D) <= 2 spread + one step, since both have the same mean after an update
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    bound = (2 * (high - low) + inverse.reciprocal()).max().item()
+    return bound < SHRINK_FROM
+
+
+def _stopping_index(errors: list[float]) -> int:
+    """How many updates the reference performs: up to and including the first that did not lower the error."""
+    best = float("inf")
+    for i, error in enumerate(errors):
+        if not error < best:
+            return i + 1
+        best = error
+    return len(errors)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MiLo: HQQ and a low-rank compensator fitted to each other by alternation.
+
+Huang, Yuan, Shao and Zhang, "MiLo: Efficient Quantized MoE Inference with Mixture of Low-Rank Compensators" (MLSys
+2025, arXiv 2504.02658), sub-problems 1 and 2:
+
+    D_t = HQQ(W - U_{t-1} V_{t-1}) from scratch,   U_t V_t = the best rank-R approximation of W - D_t,   U_0 V_0 = 0
+
+for t = 0 .. T, ending on the compensator; the factors are quantised once, after the loop. The loop stops early when the
+mean of |W - D - U V|_F over a sliding window falls by less than 1e-4 of itself. The paper does not give the window's
+length; ours is 3.
+
+Inside the loop only the product U V is needed, and the projection q (q^T E) is that product: the small SVD that splits
+it into balanced factors is taken once, at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moepress.format.weight import affine
+from moepress.quantize.affine import AffineWeight
+from moepress.quantize.hqq import hqq
+from moepress.quantize.lowrank import balance, project, seeded
+
+WINDOW = 3
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class MiloResult:
+    """The base, the float32 factors u [N, R] and v [R, K], and the residual norm after each alternation."""
+
+    base: AffineWeight
+    u: torch.Tensor
+    v: torch.Tensor
+    residual_norms: tuple[float, ...]
+
+
+def milo(name: str, weight: torch.Tensor, bits: int, group_size: int, rank: int, iterations: int) -> MiloResult:
+    """float32 weight [N, K]; `iterations` = T, so at most T + 1 quantisations and projections."""
+    generator = seeded(name)
+    norms: list[float] = []
+    target = weight
+    while True:
+        base = hqq(name, target, bits, group_size)
+        residual = weight - affine(base.codes, base.scale, base.zero, group_size)
+        q, b = project(residual, rank, generator)
+        norms.append(_left_over(residual, b))
+        if len(norms) > iterations or _has_settled(norms):
+            return MiloResult(base, *balance(q, b), tuple(norms))
+        target = torch.addmm(weight, q, b, alpha=-1)
+
+
+def _left_over(residual: torch.Tensor, b: torch.Tensor) -> float:
+    # |E - q b|^2 = |E|^2 - |b|^2, because q is orthonormal
+    squares = residual.square().sum(dtype=torch.float64) - b.square().sum(dtype=torch.float64)
+    return squares.clamp(min=0).sqrt().item()
+
+
+def _has_settled(norms: list[float]) -> bool:
+    if len(norms) <= WINDOW:
+        return False
+    before, now = sum(norms[-WINDOW - 1 : -1]), sum(norms[-WINDOW:])
+    return before - now < TOLERANCE * before

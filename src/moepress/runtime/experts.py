@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ExpertBank: the routed experts of one layer, which may differ in bits and rank, behind transformers' experts call.
+
+Experts with equal specs are stored stacked in a bucket; `expert -> (bucket, slot)` finds them. Each of gate, up and
+down has its own buckets (gate and up have the same ones).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from moepress.format.manifest import BankEntry
+from moepress.format.spec import PROJECTIONS, WeightSpec
+from moepress.format.weight import dequantize
+from moepress.kernels.experts.reference import run_experts
+from moepress.kernels.linear.reference import compressed_linear
+from moepress.runtime.stored import StoredParts
+
+
+class Projection(nn.ModuleDict):
+    """One of gate, up and down for all experts of a layer: buckets by spec tag."""
+
+    def __init__(self, entry: BankEntry, projection: str) -> None:
+        shape = entry.shape(projection)
+        buckets = entry.buckets(projection)
+        super().__init__({tag: StoredParts(WeightSpec.parse(tag), *shape, len(ids)) for tag, ids in buckets.items()})
+        self.where = {expert: (tag, slot) for tag, ids in buckets.items() for slot, expert in enumerate(ids)}
+
+    def linear(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """x [n, K] through one expert's weight."""
+        bucket, slot = self._find(expert)
+        return compressed_linear(x, bucket.parts(slot), bucket.spec, bucket.out_features, bucket.in_features)
+
+    def dequantize(self, expert: int) -> torch.Tensor:
+        """One expert's float32 weight [N, K]."""
+        bucket, slot = self._find(expert)
+        return dequantize(bucket.parts(slot), bucket.spec, bucket.out_features, bucket.in_features)
+
+    def _find(self, expert: int) -> tuple[StoredParts, int]:
+        tag, slot = self.where[expert]
+        bucket = self[tag]
+        assert isinstance(bucket, StoredParts)
+        return bucket, slot
+
+
+class ExpertBank(nn.Module):
+    """hidden [T, H], ids [T, k], weights [T, k] -> [T, H]: down(act(gate(x)) * up(x)), weighted and summed."""
+
+    def __init__(self, entry: BankEntry, act_fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.num_experts, self.act_fn = entry.num_experts, act_fn
+        self.gate, self.up, self.down = (Projection(entry, projection) for projection in PROJECTIONS)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        out = run_experts(flat, top_k_index, top_k_weights, self.num_experts, self.run_expert)
+        return out.view_as(hidden_states)
+
+    def run_expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """x [n, H] through one expert, unweighted."""
+        return self.down.linear(expert, self.act_fn(self.gate.linear(expert, x)) * self.up.linear(expert, x))
+
+    def __len__(self) -> int:
+        return self.num_experts
+
+    def __getitem__(self, expert: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """For model code that holds its experts in a list and calls them one by one."""
+        return lambda x: self.run_expert(range(self.num_experts)[expert], x)
