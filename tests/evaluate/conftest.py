@@ -106,7 +106,9 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
     """Write rows as JSON lines; a string stands for a raw line."""
 
     def write(*rows: dict[str, Any] | str, name: str = "rows.jsonl") -> Path:
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        lines = [
+            row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows
+        ]
         path = tmp_path / name
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return path

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 import random
 import string
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -136,12 +137,18 @@ def test_max_tokens_cuts_the_text_and_says_so(llama, tokenizer):
     )
 
 
-def test_long_texts_are_tokenised_whole_and_without_a_warning(uniform, tokenizer, caplog):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        result = perplexity(uniform, tokenizer, some_text(100))  # the tokenizer's own limit is 8
-    assert result.tokens == 99
+def test_long_texts_are_tokenised_whole_and_without_a_warning(
+    uniform, tokenizer, caplog, monkeypatch
+):
+    fresh = copy.deepcopy(tokenizer)  # a tokenizer warns once
+    fresh.deprecation_warnings.clear()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    text = some_text(100)  # the tokenizer's own limit is 8
+
+    assert perplexity(uniform, fresh, text).tokens == 99
     assert not caplog.records
+    fresh(text)
+    assert caplog.records, "a plain call warns; without this line the test could not fail"
 
 
 def test_the_model_is_left_as_it_was(uniform, tokenizer):

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""EleutherAI's lm-eval on a compressed directory: its own command line, after moepress has
-registered its format.
+"""EleutherAI's lm-eval command line, able to load a compressed directory.
 
     python -m moepress.evaluate.harness --model hf --model_args pretrained=DIR --tasks piqa
 

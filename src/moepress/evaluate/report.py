@@ -18,9 +18,7 @@ from moepress.errors import EvaluationError
 
 
 def bits_per_weight(num_bytes: int, num_weights: int) -> float:
-    """8 * `num_bytes` / `num_weights`, in bits; EvaluationError for no weights or negative
-    bytes.
-    """
+    """Bits: 8 * `num_bytes` / `num_weights`; EvaluationError for no weight or negative bytes."""
     if num_weights < 1:
         raise EvaluationError(f"bits per weight need at least one weight, not {num_weights}")
     if num_bytes < 0:

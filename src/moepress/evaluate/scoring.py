@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place where evaluation calls a model: token ids in, log-probabilities of the tokens asked
-for out.
+"""The one place where evaluation calls a model: token ids in, log-probabilities out.
 
-    log p(token t | tokens before t) = logits[t - 1, token] - logsumexp(logits[t - 1, :])        in
-    float32
+    log p(token t | tokens before t) = logits[t - 1, token t] - logsumexp(logits[t - 1, :])
 
-Only the logits from the first scored position on are asked of the model, and only `CHUNK` rows of
-them are in float32 at a time: at a vocabulary of 150,000 a full window in float32 would take 1.2
-GB.
+in float32. Only the logits from the first scored position on are asked of the model, and only
+`CHUNK` rows of them are in float32 at a time: at a vocabulary of 150,000 a window of 2048 in
+float32 would take 1.2 GB.
 
 Refused: token ids outside the model's vocabulary (an index error on the CPU, a poisoned context on
 a GPU).
@@ -44,18 +42,14 @@ def inference(model: PreTrainedModel) -> Iterator[None]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of the whole text: never truncated, special tokens as the tokenizer adds them by
-    default.
-    """
+    """Token ids of the whole text, never truncated, with the tokenizer's default special tokens."""
     # verbose=False: the warning about sequences beyond the model's positions does not apply,
     # windows follow
     return list(tokenizer(text, truncation=False, verbose=False)["input_ids"])
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
-    """The longest input the model's configuration allows, in tokens; None where it names no
-    limit.
-    """
+    """The longest input, in tokens, of the model's configuration; None where it names no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -72,9 +66,7 @@ def check_vocabulary(model: PreTrainedModel, ids: Sequence[int]) -> None:
 def suffix_logits(
     model: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor, keep: int
 ) -> torch.Tensor:
-    """Logits (B, keep, V) of the last `keep` positions, in the model's own dtype and on its output
-    device.
-    """
+    """Logits (B, keep, V) of the last `keep` positions, in the model's dtype, on its device."""
     narrowed = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         narrowed["logits_to_keep"] = keep
@@ -89,9 +81,7 @@ def suffix_logits(
 
 
 def log_probabilities(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    """log p of each target under the logits of its row: (T,) float32 on the CPU. NaN logits give
-    NaN.
-    """
+    """log p of each target under its row of logits: (T,) float32 on the CPU, NaN for NaN logits."""
     targets_T = targets_T.to(logits_TV.device)
     chunks = [
         -F.cross_entropy(rows.float(), targets, reduction="none")

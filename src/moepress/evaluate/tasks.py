@@ -81,9 +81,7 @@ class TaskResult:
     """Shares of right rows, 0 to 1: `acc`, and `acc_norm` for tasks with choices."""
 
     stderr: Mapping[str, float | None]
-    """Standard error of each metric: the rows' sample standard deviation / sqrt(n). None for a
-    single row.
-    """
+    """Of each metric: sample standard deviation of the rows / sqrt(n). None for a single row."""
 
     truncated: int
     """Continuations whose context was cut on the left to fit the model's positions."""
@@ -103,9 +101,7 @@ class TaskFormat:
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
-    """`ids` ends with the `scored` tokens of one continuation; `ids` has at least one token before
-    them.
-    """
+    """One continuation to score: the last `scored` of `ids`; at least one token precedes them."""
 
     ids: list[int]
     scored: int
@@ -121,8 +117,7 @@ class _Score:
 
 
 def load_task(name: str, path: str | Path, limit: int | None = None) -> Task:
-    """Read the first `limit` rows (all by default) of a JSON-lines file as the task `name`, a key
-    of `TASKS`.
+    """Read a JSON-lines file, or its first `limit` rows, as the task `name`, a key of `TASKS`.
 
     Fields: lambada `text`; piqa `goal`, `sol1`, `sol2`, `label` (0 or 1); hellaswag `query`,
     `choices`, `gold`. Texts are taken as they are: what lm-eval does to HellaSwag's raw fields must

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: parse, call, print. One file per family of commands; `main` is the entry point."""
+
+from __future__ import annotations
+
+import sys
+
+from moepress.cli import compress, run  # noqa: F401  (importing registers their commands)
+from moepress.cli.app import app
+from moepress.errors import MoepressError
+
+
+def main() -> None:
+    """`moepress ...`; what a user's input did wrong is one line on stderr and status 2."""
+    try:
+        app()
+    except MoepressError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; `moepress compress ... --resume` continues an unfinished run", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output went away; there is nobody left to tell
+        sys.exit(141)

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading a checkpoint, compressed or not, for evaluation and generation; local files only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from moepress.errors import CheckpointError, EvaluationError, MoepressError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(folder: str | Path, device: torch.device, dtype: str = "auto") -> tuple[Any, Any]:
+    """(model, tokenizer) from a folder. Raises MoepressError for whatever keeps transformers from loading it."""
+    if dtype not in {*DTYPES, "auto"}:
+        raise EvaluationError(f"dtype {dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"{folder} is not a folder; download the checkpoint first and name its folder")
+    kind = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=kind, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    except MoepressError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded by transformers: {error}") from error
+    return model.to(device).eval(), tokenizer
