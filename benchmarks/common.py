@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every benchmark shares: a clock, a table, the row in results.csv and the JSON line that ends the output.
+"""What every benchmark shares: a clock, a table, the rows in results.csv and the JSON line that ends the output.
 
-Speeds of two programs are compared by calling them in turn and dividing the medians, so that what else the machine
-does falls on both alike.
+Speeds of two programs are compared by calling them in turn and dividing the medians, so that what else the
+machine does falls on both alike.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,7 +46,7 @@ class Figure:
 
 
 def finish(benchmark: str, figures: Sequence[Figure], *, device: str = "cpu", peer: str = "") -> None:
-    """Appends the figures to results.csv and prints them, with the environment, as the last line of stdout."""
+    """Appends the figures to results.csv and prints them and the environment as the last line of stdout."""
     where = environment(device, peer)
     rows = [
         {"benchmark": benchmark, "metric": f.metric, "value": f"{f.value:.6g}", "unit": f.unit}
@@ -125,7 +125,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def in_turn(first: Callable[[], Any], second: Callable[[], Any], budget: float) -> tuple[float, float]:
-    """Median seconds of two calls made alternately: once to warm up, then 3 to 25 times, as `budget` seconds allow."""
+    """Median seconds of two calls made alternately: once to warm up, then 3 to 25 times within `budget` seconds."""
     spent = seconds(first) + seconds(second)
     repeats = min(25, max(3, int(budget / spent)))
     times = [(seconds(first), seconds(second)) for _ in range(repeats)]

@@ -2,8 +2,8 @@
 """HQQ here against the package hqq on the CPU: time and result, on the same tensors with the same threads.
 
 Ours is `hqq` plus `pack_codes`; theirs is `Quantizer.quantize`, which packs too. The matrices are the shapes of a
-checkpoint (up to three matrices of each, from its first, middle and last part) and two shapes of Mixtral-8x7B with
-Gaussian values. Time is that of the whole set of a shape; a checkpoint's total weighs each shape by how often it occurs.
+checkpoint (up to three of each, its first, middle and last) and two shapes of Mixtral-8x7B with Gaussian values.
+Time is that of the whole set of a shape; a checkpoint's total weighs each shape by how often it occurs.
 
     python benchmarks/hqq_peer.py [MODEL] [--threads 2] [--bits 3] [--budget 20] [--no-large]
 """
@@ -87,7 +87,11 @@ def checkpoint_cases(folder: str) -> list[Case]:
         for ref in src.graph.weights:
             by_shape[ref.group, ref.shape].append(ref)
         for (group, shape), refs in by_shape.items():
-            chosen = {refs[0].name: refs[0], refs[len(refs) // 2].name: refs[len(refs) // 2], refs[-1].name: refs[-1]}
+            chosen = {
+                refs[0].name: refs[0],
+                refs[len(refs) // 2].name: refs[len(refs) // 2],
+                refs[-1].name: refs[-1],
+            }
             weights = [src.weight(ref).clone() for ref in chosen.values()]
             cases.append(Case(f"{group} {shape[0]}x{shape[1]}", weights, len(refs)))
     return cases

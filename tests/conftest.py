@@ -17,7 +17,9 @@ from tiny import tiny_checkpoint
 import moepress
 
 settings.register_profile(
-    "moepress", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    "moepress",
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("moepress")
 

@@ -71,7 +71,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def tiny_checkpoint(
-    folder: str | Path, model_type: str, dtype: torch.dtype = torch.bfloat16, shards: int = 1, **overrides: Any
+    folder: str | Path,
+    model_type: str,
+    dtype: torch.dtype = torch.bfloat16,
+    shards: int = 1,
+    **overrides: Any,
 ) -> Path:
     """Writes a random checkpoint of the family into `folder`, in about `shards` files; `overrides` go to its config."""
     folder = Path(folder)
@@ -89,6 +93,9 @@ def tiny_model(model_type: str, dtype: torch.dtype = torch.bfloat16, **overrides
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(20)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        for module in model.modules():
+            if hasattr(module, "e_score_correction_bias"):  # float32 in every released checkpoint
+                module.e_score_correction_bias = module.e_score_correction_bias.float()
         randomise(model)
     return model.eval()
 

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, Qwen2MoeForCausalLM
-
 from prepare import EXCERPT
+from transformers import AutoTokenizer, Qwen2MoeForCausalLM
 
 PROMPT = "It was"
 WINDOW = 512
@@ -36,10 +35,7 @@ def perplexity(model: Qwen2MoeForCausalLM, ids: torch.Tensor) -> tuple[float, in
 
         return hook
 
-    hooks = [
-        layer.mlp.gate.register_forward_hook(count(index))
-        for index, layer in enumerate(model.model.layers)
-    ]
+    hooks = [layer.mlp.gate.register_forward_hook(count(index)) for index, layer in enumerate(model.model.layers)]
     total, tokens = 0.0, 0
     for window in ids.split(WINDOW):
         if len(window) < 2:
@@ -83,8 +79,7 @@ def main() -> None:
     data = json.loads((args.work / "data.json").read_text())
     training = json.loads(args.training.read_text())
     rows = "\n".join(
-        f"| {layer} | " + " | ".join(f"{100 * share:.1f} %" for share in row) + " |"
-        for layer, row in enumerate(shares)
+        f"| {layer} | " + " | ".join(f"{100 * share:.1f} %" for share in row) + " |" for layer, row in enumerate(shares)
     )
     template = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
     fields = {

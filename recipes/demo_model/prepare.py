@@ -73,9 +73,7 @@ def split_documents(documents: list[str]) -> tuple[list[str], list[str], list[st
     train, valid, held_out = [], [], {}
     for text in documents:
         body = text[:400].split("\n", 3)
-        name = next(
-            (n for n, start in EXCERPT.items() if any(b.startswith(start) for b in body)), None
-        )
+        name = next((n for n, start in EXCERPT.items() if any(b.startswith(start) for b in body)), None)
         if name is not None:
             if name in held_out:
                 raise SystemExit(f"two documents match the held-out chapter {name!r}")

@@ -114,9 +114,7 @@ def add_dropout(model: Qwen2MoeForCausalLM, rate: float) -> None:
         layer.mlp.register_forward_hook(drop)
 
 
-def next_token_loss(
-    model: Qwen2MoeForCausalLM, rows: torch.Tensor, device_type: str
-) -> torch.Tensor:
+def next_token_loss(model: Qwen2MoeForCausalLM, rows: torch.Tensor, device_type: str) -> torch.Tensor:
     """Mean cross entropy in nats of rows[:, 1:] given rows[:, :-1]."""
     with torch.autocast(device_type, dtype=torch.bfloat16):
         logits = model(input_ids=rows[:, :-1], use_cache=False).logits
@@ -229,9 +227,7 @@ def main() -> None:
     model.load_state_dict(best_weights)
     model.to(device="cpu", dtype=torch.bfloat16).eval()
     model.config.dtype = torch.bfloat16
-    model.generation_config = GenerationConfig(
-        bos_token_id=END, eos_token_id=END, pad_token_id=END, do_sample=False
-    )
+    model.generation_config = GenerationConfig(bos_token_id=END, eos_token_id=END, pad_token_id=END, do_sample=False)
     args.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.out)
     record = {

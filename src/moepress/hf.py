@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from transformers.integrations.moe import ExpertsInterface
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as _CONFIGS
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -27,7 +27,7 @@ from moepress.errors import CheckpointError
 from moepress.format.manifest import QUANT_METHOD, Manifest
 from moepress.graph.families import family_of
 from moepress.graph.view import Family
-from moepress.runtime.build import check_claims, check_files, install
+from moepress.runtime.build import check_claims, check_files, check_shapes, install
 
 EXPERTS_GUARD = "moepress; this checkpoint needs: pip install moepress, then `import moepress` before loading it"
 
@@ -49,11 +49,11 @@ class MoepressConfig(QuantizationConfigMixin):
 class MoepressQuantizer(HfQuantizer):
     """Builds the compressed modules before the weights are loaded, and checks names and shapes."""
 
-    requires_calibration = True
-
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
-            raise CheckpointError("moepress compresses folders, not loaded models: run `moepress compress SRC DST` first")
+            raise CheckpointError(
+                "moepress compresses folders, not loaded models: run `moepress compress SRC DST` first"
+            )
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         manifest: Manifest = self.quantization_config.manifest
@@ -91,9 +91,7 @@ def _namer(model: Any, family: Family) -> Callable[[str], str | None]:
     return name_of
 
 
-def _check_against_files(
-    model: Any, manifest: Manifest, files: Any, name_of: Callable[[str], str | None]
-) -> None:
+def _check_against_files(model: Any, manifest: Manifest, files: Any, name_of: Callable[[str], str | None]) -> None:
     folders = {str(file).rpartition("/")[0] for file in files}
     if len(folders) != 1:
         raise CheckpointError(f"the weights lie in several folders ({', '.join(sorted(folders))}); moepress reads one")
@@ -105,7 +103,9 @@ def _check_against_files(
     merged = [n.rpartition(".experts.")[0] + "." for n in kept_banks]
     names = {name_of(stored): stored for stored in found}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    check_claims(model, {n: s for n, s in names.items() if n}, ignored, merged)
+    claims = {name: stored for name, stored in names.items() if name}
+    check_claims(model, claims, ignored, merged)
+    check_shapes(model, claims, found)
 
 
 def _full_precision_experts(experts: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

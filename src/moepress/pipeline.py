@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moepress.checkpoint.layout import Layout, lay_out
-from moepress.checkpoint.writer import CheckpointWriter, Piece
+from moepress.checkpoint.writer import CheckpointWriter, Piece, remove_work
 from moepress.errors import CheckpointError, PlanError, WriteError
 from moepress.format.manifest import BankEntry, Manifest
 from moepress.graph.view import WeightRef
@@ -60,6 +61,7 @@ def compress_checkpoint(
         layout = layout_of(src, plan, manifest)
         fingerprint = _fingerprint(src, plan, device, progress)
         if resume and already_complete(Path(target), fingerprint):
+            remove_work(Path(target))
             return Result(plan, summarise(src, plan, layout), {}, len(src.graph.weights))
         with CheckpointWriter(target, layout, fingerprint, resume=resume) as out:
             resumed = len(out.done)
@@ -73,7 +75,9 @@ def compress_checkpoint(
                 raise
             errors = {name: info["error"] for name, info in sorted(out.done.items()) if "error" in info}
             summary = summarise(src, plan, layout)
-            for name, data in target_files(src, plan, manifest, layout, fingerprint, errors, out.tensor_digests()).items():
+            for name, data in target_files(
+                src, plan, manifest, layout, fingerprint, errors, out.tensor_digests()
+            ).items():
                 out.add_file(name, data)
             out.publish()
     return Result(plan, summary, errors, resumed)
@@ -91,7 +95,7 @@ def plan_checkpoint(
         plan = _resolve(src, settings, None, frequencies or {}, progress)
         layout = layout_of(src, plan, manifest_of(plan, src.graph))
         notes = dict(plan.notes) | {"predicted": summarise(src, plan, layout)}
-        return Plan(plan.source, plan.method, plan.iterations, plan.weights, notes)
+        return replace(plan, notes=notes)
 
 
 def layout_of(src: Source, plan: Plan, manifest: Manifest) -> Layout:
@@ -132,7 +136,12 @@ def measure_kurtosis(src: Source, progress: Progress = silent) -> dict[str, floa
 
 
 def _compress_weights(
-    src: Source, plan: Plan, manifest: Manifest, out: CheckpointWriter, device: str | torch.device, progress: Progress
+    src: Source,
+    plan: Plan,
+    manifest: Manifest,
+    out: CheckpointWriter,
+    device: str | torch.device,
+    progress: Progress,
 ) -> None:
     slots = _slots(manifest)
     with progress("compressing", sum(ref.numel for ref in src.graph.weights)) as advance:
@@ -140,7 +149,7 @@ def _compress_weights(
             spec = plan.weights[ref.name]
             if spec is not None and ref.name not in out.done:
                 weight = src.weight(ref).to(device)
-                done = compress_weight(ref.name, weight, spec, plan.method, plan.iterations)
+                done = compress_weight(ref.name, weight, spec, plan.method, plan.iterations, plan.refit)
                 pieces = _pieces(ref, done.parts, slots)
                 out.put(ref.name, pieces, {"error": round(done.error, 6), "alternations": done.alternations})
             advance(ref.numel)
@@ -186,8 +195,8 @@ def _float_info(src: Source, name: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _layer_order(name: str) -> tuple[int, str]:
-    numbers = [int(part) for part in name.split(".") if part.isdigit()]
-    return (numbers[0] if numbers else -1, name)
+    layer = re.search(r"\.(\d{1,5})\.", name)
+    return (int(layer.group(1)) if layer else -1, name)
 
 
 def _fingerprint(src: Source, plan: Plan, device: str | torch.device, progress: Progress) -> dict[str, str]:

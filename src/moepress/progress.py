@@ -6,12 +6,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 Advance = Callable[[float], None]
 """Called with the amount of work just finished, in the unit that `total` was given in."""
 
-Progress = Callable[[str, float], "object"]
+Progress = Callable[[str, float], AbstractContextManager[Advance]]
 """`progress(label, total)` is a context manager that yields an `Advance`."""
 
 
@@ -32,11 +32,23 @@ def console(label: str, total: float) -> Iterator[Advance]:
 
 def _bar(label: str, total: float) -> Iterator[Advance]:
     from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as RichProgress
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-               TextColumn("left"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with RichProgress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=total)
         yield lambda amount: bar.advance(task, amount)

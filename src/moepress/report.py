@@ -70,10 +70,18 @@ def target_files(
         "plan": json.loads(plan.to_json()),
         "errors": dict(errors),
         "files": {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in sorted(files.items())},
-        "shards": dict(layout.sizes),
+        "shards": {
+            name: {"bytes": layout.sizes[name], "header_sha256": _sha256(header)}
+            for name, header in layout.headers.items()
+        },
         "tensors": dict(tensor_digests),
     }
-    return files | {SIDE_MANIFEST: _json(side)}
+    return files | {SIDE_MANIFEST: seal(side)}
+
+
+def seal(side: Mapping[str, Any]) -> bytes:
+    """The text of moepress.json, which ends in the digest of what is before it."""
+    return _json({**side, "sha256": _sha256(_json(side))})
 
 
 def already_complete(target: Path, fingerprint: Mapping[str, str]) -> bool:
@@ -89,7 +97,10 @@ def already_complete(target: Path, fingerprint: Mapping[str, str]) -> bool:
 
 def _sizes(refs: list[WeightRef], plan: Plan) -> dict[str, Any]:
     specs = [(ref, spec) for ref in refs if (spec := plan.weights[ref.name])]
-    weights, stored = sum(ref.numel for ref, _ in specs), sum(spec.num_bytes(*ref.shape) for ref, spec in specs)
+    weights, stored = (
+        sum(ref.numel for ref, _ in specs),
+        sum(spec.num_bytes(*ref.shape) for ref, spec in specs),
+    )
     ranks = sum(spec.rank for _, spec in specs) / len(specs)
     return {
         "matrices": len(specs),
@@ -107,7 +118,7 @@ def _target_config(src: Source, manifest: Manifest) -> dict[str, Any]:
 
 def _model_card(src: Source, plan: Plan, summary: Mapping[str, Any]) -> str:
     card = src.folder / "README.md"
-    found = re.search(r"^license: *(\S+)", card.read_text(errors="replace"), re.M) if card.exists() else None
+    found = re.search(r"^license: *(\S+)", card.read_text(errors="replace"), re.M) if card.is_file() else None
     base = str(src.reader.config.get("_name_or_path") or src.folder.resolve().name)
     rows = "\n".join(
         f"| {name} | {each['matrices']} | {each['bpw']:.3f} | {each['average_rank']:g} | {each['bytes']:,} |"
@@ -153,7 +164,7 @@ Compressed weights take {bpw} bits each, scales, zeros and compensators counted;
 """
 
 
-def _json(value: Any) -> bytes:
+def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 

@@ -52,10 +52,11 @@ class Source:
     def file_digests(self, progress: Progress = silent) -> dict[str, str]:
         """sha256 of every file that the target depends on, by name."""
         paths = [self.folder / name for name in (CONFIG, *self.reader.files)] + self.copied_files()
-        with progress("hashing the source", sum(p.stat().st_size for p in paths)) as advance:
-            # hashlib releases the lock, so files are hashed side by side
-            with ThreadPoolExecutor(4) as pool:
-                return dict(zip((p.name for p in paths), pool.map(lambda p: _sha256(p, advance), paths), strict=True))
+        total = sum(path.stat().st_size for path in paths)
+        # hashlib releases the lock, so files are hashed side by side
+        with progress("hashing the source", total) as advance, ThreadPoolExecutor(4) as pool:
+            digests = pool.map(lambda path: _sha256(path, advance), paths)
+            return dict(zip((path.name for path in paths), digests, strict=True))
 
 
 @contextmanager
@@ -90,10 +91,12 @@ def _check_depth(reader: CheckpointReader, graph: ModelGraph) -> None:
     depth = reader.config.get("num_hidden_layers")
     if not isinstance(depth, int):
         return
-    missing = sorted(set(range(depth)) - {ref.layer for ref in graph.weights})
-    if missing:
+    layers = {ref.layer for ref in graph.weights}
+    # stops at the first gap: a damaged config may say any number
+    missing = next((layer for layer in range(depth) if layer not in layers), None)
+    if missing is not None:
         raise CheckpointError(
-            f"config.json says {depth} layers, but the files hold no weight of layer {missing[0]}; a shard is missing"
+            f"config.json says {depth} layers, but the files hold no weight of layer {missing}; a shard is missing"
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verify: is a compressed folder what it says it is, byte by byte; and, beside its source, what did each weight lose."""
+"""verify: is a compressed folder, byte by byte, what it says it is; and what did each weight lose."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moepress.graph.view import WeightRef
 from moepress.plan.plan import Plan, check_plan, manifest_of
 from moepress.progress import Progress, silent
 from moepress.quantize.job import relative_error
-from moepress.report import SIDE_MANIFEST
+from moepress.report import SIDE_MANIFEST, seal
 from moepress.source import Source, open_source
 
 
@@ -57,19 +57,31 @@ def verify_checkpoint(
 
 def _check_files(folder: Path, side: dict[str, Any]) -> list[str]:
     problems = []
-    for name, entry in _section(side, "files", SIDE_MANIFEST).items():
-        path = folder / name
+    if (folder / SIDE_MANIFEST).read_bytes() != seal({k: v for k, v in side.items() if k != "sha256"}):
+        problems.append(f"{SIDE_MANIFEST} has changed since it was written")
+    for name in _section(side, "files", SIDE_MANIFEST):
+        path, entry = folder / name, _section(side["files"], name, SIDE_MANIFEST)
         if Path(name).name != name or not path.is_file():
             problems.append(f"{name} is missing")
         elif hashlib.sha256(path.read_bytes()).hexdigest() != entry.get("sha256"):
             problems.append(f"{name} has changed: {path.stat().st_size} bytes now, {entry.get('bytes')} when written")
-    for name, size in _section(side, "shards", SIDE_MANIFEST).items():
-        path = folder / name
+    for name in _section(side, "shards", SIDE_MANIFEST):
+        path, entry = folder / name, _section(side["shards"], name, SIDE_MANIFEST)
         if Path(name).name != name or not path.is_file():
             problems.append(f"{name} is missing")
-        elif path.stat().st_size != size:
-            problems.append(f"{name} has {path.stat().st_size} bytes, {size} when written")
+        elif path.stat().st_size != entry.get("bytes"):
+            problems.append(f"{name} has {path.stat().st_size} bytes, {entry.get('bytes')} when written")
+        elif _header_digest(path) != entry.get("header_sha256"):
+            problems.append(f"the header of {name} has changed since it was written")
     return problems
+
+
+def _header_digest(path: Path) -> str:
+    # tensors have digests of their own; what remains of a shard is its header
+    with path.open("rb") as file:
+        length = file.read(8)
+        size = min(int.from_bytes(length, "little"), path.stat().st_size)
+        return hashlib.sha256(length + file.read(size)).hexdigest()
 
 
 def _check_shapes(reader: CheckpointReader, manifest: Manifest) -> list[str]:

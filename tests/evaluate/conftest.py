@@ -96,9 +96,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """
     model = Tokenizer(WordLevel(ID, unk_token="\n"))
     model.pre_tokenizer = Split(Regex(r"[\s\S]"), behavior="isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=model, model_max_length=8, eos_token="\n", pad_token="\n"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=model, model_max_length=8, eos_token="\n", pad_token="\n")
 
 
 @pytest.fixture
@@ -106,9 +104,7 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
     """Write rows as JSON lines; a string stands for a raw line."""
 
     def write(*rows: dict[str, Any] | str, name: str = "rows.jsonl") -> Path:
-        lines = [
-            row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows
-        ]
+        lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
         path = tmp_path / name
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return path

@@ -24,9 +24,7 @@ from moepress.evaluate.tasks import load_task, run_task
 @pytest.fixture
 def without_lm_eval(monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else find(name, *a)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else find(name, *a))
 
 
 @pytest.fixture
@@ -60,10 +58,7 @@ def test_run_as_a_module_prints_one_line_and_exits_with_2(without_lm_eval, monke
     with pytest.raises(SystemExit) as caught:
         runpy.run_module("moepress.evaluate.harness", run_name="__main__")
     assert caught.value.code == 2
-    assert (
-        capsys.readouterr().err
-        == "error: lm-eval is not installed; use: pip install 'moepress[eval]'\n"
-    )
+    assert capsys.readouterr().err == "error: lm-eval is not installed; use: pip install 'moepress[eval]'\n"
 
 
 def test_arguments_pass_through_and_the_process_keeps_its_own(recorded, monkeypatch):

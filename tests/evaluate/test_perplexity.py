@@ -36,28 +36,17 @@ def token_losses(model, ids: list[int]) -> list[float]:
     return [-logits[t - 1].log_softmax(-1)[ids[t]].item() for t in range(1, len(ids))]
 
 
-@pytest.mark.parametrize(
-    ("length", "windows", "dropped"), [(48, 3, 0), (50, 3, 2), (63, 3, 15), (16, 1, 0)]
-)
-def test_disjoint_is_the_mean_over_the_tokens_of_full_windows(
-    llama, tokenizer, length, windows, dropped
-):
+@pytest.mark.parametrize(("length", "windows", "dropped"), [(48, 3, 0), (50, 3, 2), (63, 3, 15), (16, 1, 0)])
+def test_disjoint_is_the_mean_over_the_tokens_of_full_windows(llama, tokenizer, length, windows, dropped):
     text = some_text(length)
     ids = tokenizer.encode(text)
-    losses = [
-        x
-        for begin in range(0, 16 * windows, 16)
-        for x in token_losses(llama, ids[begin : begin + 16])
-    ]
+    losses = [x for begin in range(0, 16 * windows, 16) for x in token_losses(llama, ids[begin : begin + 16])]
 
     result = perplexity(llama, tokenizer, text, window=16, stride=16)
 
     assert result.ppl == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     assert (result.tokens, result.windows, result.dropped) == (15 * windows, windows, dropped)
-    assert (
-        result.protocol
-        == "disjoint windows of 16, first token of each not scored, mean over tokens"
-    )
+    assert result.protocol == "disjoint windows of 16, first token of each not scored, mean over tokens"
 
 
 def test_a_short_text_is_one_shorter_window(llama, tokenizer):
@@ -89,9 +78,7 @@ def test_sliding_averages_window_means_and_scores_each_token_once(llama, tokeniz
 
     assert result.ppl == pytest.approx(math.exp(sum(means) / len(means)), rel=1e-5)
     assert (result.tokens, result.windows, result.dropped) == (length - 1, len(means), 0)
-    assert (
-        result.protocol == "sliding windows of 16 with stride 5, mean of per-window losses (MiLo)"
-    )
+    assert result.protocol == "sliding windows of 16 with stride 5, mean of per-window losses (MiLo)"
 
 
 def test_the_protocols_differ(llama, tokenizer):
@@ -120,9 +107,7 @@ def test_losses_are_float32_whatever_the_logits(tokenizer, bigram):
     ids = torch.tensor(tokenizer.encode(text))
     losses = -table.double().log_softmax(-1)[ids[:-1], ids[1:]]
     result = perplexity(bigram(table), tokenizer, text)
-    assert result.ppl == pytest.approx(
-        losses.mean().exp().item(), rel=1e-6
-    )  # bfloat16 losses are off by 1e-3
+    assert result.ppl == pytest.approx(losses.mean().exp().item(), rel=1e-6)  # bfloat16 losses are off by 1e-3
 
 
 def test_max_tokens_cuts_the_text_and_says_so(llama, tokenizer):
@@ -131,15 +116,10 @@ def test_max_tokens_cuts_the_text_and_says_so(llama, tokenizer):
     assert cut.ppl == perplexity(llama, tokenizer, text[:33], window=16, stride=16).ppl
     assert (cut.windows, cut.dropped) == (2, 1)
     assert cut.protocol.endswith("; first 33 tokens of the text")
-    assert (
-        "first 60"
-        not in perplexity(llama, tokenizer, text, window=16, max_tokens=60, stride=16).protocol
-    )
+    assert "first 60" not in perplexity(llama, tokenizer, text, window=16, max_tokens=60, stride=16).protocol
 
 
-def test_long_texts_are_tokenised_whole_and_without_a_warning(
-    uniform, tokenizer, caplog, monkeypatch
-):
+def test_long_texts_are_tokenised_whole_and_without_a_warning(uniform, tokenizer, caplog, monkeypatch):
     fresh = copy.deepcopy(tokenizer)  # a tokenizer warns once
     fresh.deprecation_warnings.clear()
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
@@ -179,9 +159,7 @@ def test_overflow_is_infinite(tokenizer, bigram):
 def test_logits_that_are_not_finite_name_their_window(tokenizer, bad, bigram):
     table = bigram.table()
     table[bigram.index["z"]] = bad
-    with pytest.raises(
-        EvaluationError, match=r"NaN or infinite in window 2 of 3 \(tokens 4 to 7\)"
-    ):
+    with pytest.raises(EvaluationError, match=r"NaN or infinite in window 2 of 3 \(tokens 4 to 7\)"):
         perplexity(bigram(table), tokenizer, "aaaaazaaaaaa", window=4, stride=4)
 
 

@@ -16,9 +16,7 @@ def test_bits_per_weight():
     assert bits_per_weight(0, 1) == 0.0
 
 
-@pytest.mark.parametrize(
-    ("num_bytes", "num_weights", "message"), [(1, 0, "not 0"), (-1, 1, "-1 bytes")]
-)
+@pytest.mark.parametrize(("num_bytes", "num_weights", "message"), [(1, 0, "not 0"), (-1, 1, "-1 bytes")])
 def test_impossible_sizes(num_bytes, num_weights, message):
     with pytest.raises(EvaluationError, match=message):
         bits_per_weight(num_bytes, num_weights)

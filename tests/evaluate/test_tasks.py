@@ -32,9 +32,7 @@ def random_piqa_rows(count: int) -> list[dict]:
     def words(low: int, high: int) -> str:
         return "".join(draw.choices(string.ascii_letters, k=draw.randint(low, high)))
 
-    return [
-        piqa(words(1, 40), words(1, 20), words(1, 20), draw.randint(0, 1)) for _ in range(count)
-    ]
+    return [piqa(words(1, 40), words(1, 20), words(1, 20), draw.randint(0, 1)) for _ in range(count)]
 
 
 def plain_log_likelihood(model, tokenizer, context: str, continuation: str) -> float:
@@ -45,9 +43,7 @@ def plain_log_likelihood(model, tokenizer, context: str, continuation: str) -> f
 
 
 def test_lambada_accuracy_and_standard_error_by_hand(write_rows, tokenizer, bigram):
-    path = write_rows(
-        {"text": "xa dog"}, {"text": "ya cat"}, {"text": "za dig"}, {"text": "wa dog"}
-    )
+    path = write_rows({"text": "xa dog"}, {"text": "ya cat"}, {"text": "za dig"}, {"text": "wa dog"})
     result = run_task(bigram(bigram.table("a dog")), tokenizer, load_task("lambada", path))
     assert (result.task, result.n, result.truncated) == ("lambada", 4, 0)
     assert result.metrics == {"acc": 0.5}
@@ -59,9 +55,7 @@ def test_white_space_at_the_end_of_the_context_is_scored(write_rows, tokenizer, 
     path = write_rows({"text": "ab\n c"})
     task = load_task("lambada", path)
     expected = bigram(bigram.table("b\n c"))
-    unexpected = bigram(
-        bigram.table("bx", "\n c")
-    )  # right about " c", wrong about the line break before it
+    unexpected = bigram(bigram.table("bx", "\n c"))  # right about " c", wrong about the line break before it
     assert run_task(expected, tokenizer, task).metrics == {"acc": 1.0}
     assert run_task(unexpected, tokenizer, task).metrics == {"acc": 0.0}
 
@@ -69,16 +63,12 @@ def test_white_space_at_the_end_of_the_context_is_scored(write_rows, tokenizer, 
 def test_the_continuation_is_the_whole_less_the_tokens_of_the_context(write_rows, bigram):
     vocabulary = {"?": 0, "a": 1, " b": 2, " c": 3}
     words = Tokenizer(WordLevel(vocabulary, unk_token="?"))
-    words.pre_tokenizer = Split(
-        Regex(r" ?[a-z]"), behavior="isolated"
-    )  # the space belongs to the word
+    words.pre_tokenizer = Split(Regex(r" ?[a-z]"), behavior="isolated")  # the space belongs to the word
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     table = torch.zeros(4, 4)
     table[1, 2] = table[2, 3] = 9.0
     model = bigram(table)
-    result = run_task(
-        model, tokenizer, load_task("lambada", write_rows({"text": "a b c"}, {"text": "a c"}))
-    )
+    result = run_task(model, tokenizer, load_task("lambada", write_rows({"text": "a b c"}, {"text": "a c"})))
     assert result.metrics == {"acc": 0.5}
     assert sorted(model.seen[0].tolist()) == [[1, 0], [1, 2]]
 
@@ -119,12 +109,8 @@ def test_prompts(write_rows):
 
 
 def test_hellaswag_picks_the_likely_ending(write_rows, tokenizer, bigram):
-    rows = [
-        {"query": "wq", "choices": ["eb", "ab", "db", "cb"], "gold": gold} for gold in (1, 3, 1, 1)
-    ]
-    result = run_task(
-        bigram(bigram.table("q ab")), tokenizer, load_task("hellaswag", write_rows(*rows))
-    )
+    rows = [{"query": "wq", "choices": ["eb", "ab", "db", "cb"], "gold": gold} for gold in (1, 3, 1, 1)]
+    result = run_task(bigram(bigram.table("q ab")), tokenizer, load_task("hellaswag", write_rows(*rows)))
     assert result.metrics == {"acc": 0.75, "acc_norm": 0.75}
 
 
@@ -177,9 +163,7 @@ def test_one_row_has_no_standard_error(write_rows, uniform, tokenizer):
 
 def test_the_known_tasks_are_listed(tmp_path):
     assert list(TASKS) == ["lambada", "piqa", "hellaswag"]
-    with pytest.raises(
-        EvaluationError, match='unknown task "arc"; known tasks: lambada, piqa, hellaswag'
-    ):
+    with pytest.raises(EvaluationError, match='unknown task "arc"; known tasks: lambada, piqa, hellaswag'):
         load_task("arc", tmp_path)
 
 
@@ -245,9 +229,7 @@ def test_refused_requests(write_rows, uniform, tokenizer):
 
 def test_refused_models(write_rows, tokenizer, bigram):
     task = load_task("lambada", write_rows({"text": "a b"}, {"text": "a bcd"}))
-    with pytest.raises(
-        EvaluationError, match="line 2: the continuation has 4 tokens, the model has 3 positions"
-    ):
+    with pytest.raises(EvaluationError, match="line 2: the continuation has 4 tokens, the model has 3 positions"):
         run_task(bigram(positions=3), tokenizer, task)
     with pytest.raises(EvaluationError, match="the model's vocabulary has 50 entries"):
         run_task(bigram(torch.zeros(50, 50)), tokenizer, task)
@@ -260,9 +242,7 @@ def test_refused_models(write_rows, tokenizer, bigram):
 def test_a_continuation_without_a_token_of_its_own_is_refused(write_rows, uniform):
     merged = Tokenizer(WordLevel({"?": 0}, unk_token="?"))  # the whole text is one token
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=merged)
-    with pytest.raises(
-        EvaluationError, match="line 1: the tokenizer gives the context 1 and the continuation 0"
-    ):
+    with pytest.raises(EvaluationError, match="line 1: the tokenizer gives the context 1 and the continuation 0"):
         run_task(uniform, tokenizer, load_task("lambada", write_rows({"text": "a b"})))
 
 

@@ -28,10 +28,10 @@ def block_size(config: Mapping[str, Any]) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def dequantize_blocks(
-    name: str, weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]
-) -> torch.Tensor:
+def dequantize_blocks(name: str, weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """e4m3 [N, K] and float32 [ceil(N / rows), ceil(K / columns)] -> bfloat16 [N, K]."""
+    if weight.ndim != 2:
+        raise CheckpointError(f"{name} is FP8 with shape {tuple(weight.shape)}; moepress reads FP8 matrices only")
     n, k = weight.shape
     expected = (math.ceil(n / block[0]), math.ceil(k / block[1]))
     if tuple(scale.shape) != expected:

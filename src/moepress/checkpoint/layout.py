@@ -83,8 +83,8 @@ def _split(tensors: Mapping[str, tuple[str, tuple[int, ...]]], limit: int) -> li
     shards: list[list[str]] = [[]]
     used = 0
     for name, tensor in tensors.items():
-        # 160 bytes cover this tensor's entry in the header besides its name and shape
-        size = _num_bytes(tensor) + len(name) + 160
+        # 160 bytes cover this tensor's entry in the header besides its name, and the header's own beginning
+        size = _num_bytes(tensor) + len(json.dumps(name)) + len(str(tensor[1])) + 160
         if size > limit:
             raise PlanError(f"{name} takes {size} bytes and a shard holds at most {limit}; raise the shard size")
         if used + size > limit:
@@ -108,5 +108,3 @@ def _header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], offsets: Mapping
 def _num_bytes(tensor: tuple[str, tuple[int, ...]]) -> int:
     dtype, shape = tensor
     return ITEM_BYTES[dtype] * math.prod(shape)
-
-

@@ -57,12 +57,12 @@ class CheckpointReader:
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}
         try:
+            self._fp8_block = block_size(self.config)
             self.files, weight_map = weight_files(self.folder)
             self.tensors = self._read_headers(weight_map)
         except BaseException:
             self.close()
             raise
-        self._fp8_block = block_size(self.config)
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -98,7 +98,7 @@ class CheckpointReader:
         tensors: dict[str, TensorInfo] = {}
         for file in self.files:
             handle = self._open_file(file)
-            for name in handle.keys():
+            for name in handle.keys():  # noqa: SIM118  (not a dict)
                 if name in tensors:
                     raise CheckpointError(f"tensor {name} is in two files, {tensors[name].file} and {file}; delete one")
                 view = handle.get_slice(name)
@@ -148,7 +148,11 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; this is not a Hugging Face checkpoint folder") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: no UTF-8, no JSON, or a number of 5000 digits
         raise CheckpointError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object")

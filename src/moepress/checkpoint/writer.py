@@ -58,7 +58,8 @@ class CheckpointWriter:
         self._pending_bytes = 0
         self._synced = time.monotonic()
         refuse_existing(self.target)
-        self._lock = self._acquire()
+        with self._disk_errors():
+            self._lock = self._acquire()
         try:
             with self._disk_errors():
                 self._start(dict(fingerprint), resume)
@@ -71,8 +72,13 @@ class CheckpointWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if self._files and (kind is None or not issubclass(kind, OSError)):
-                self._sync()
+            if self._files:
+                with self._disk_errors():
+                    self._sync()
+        except WriteError:
+            # what is lost is done again on resume; the error that ended the run is the one to tell
+            if kind is None:
+                raise
         finally:
             self.close()
 
@@ -86,10 +92,10 @@ class CheckpointWriter:
                 _write_at(fd, data, offset)
                 digest.update(data)
                 self._pending_bytes += len(data)
+            self.done[job] = dict(info or {})
             where = [[name, slot] for name, slot, _ in pieces]
-            entry = {"job": job, "sha256": digest.hexdigest(), "pieces": where, "info": dict(info or {})}
+            entry = {"job": job, "sha256": digest.hexdigest(), "pieces": where, "info": self.done[job]}
             self._pending.append(json.dumps(entry).encode() + b"\n")
-            self.done[job] = entry["info"]
             if self._pending_bytes >= SYNC_BYTES or time.monotonic() - self._synced >= SYNC_SECONDS:
                 self._sync()
 
@@ -100,8 +106,9 @@ class CheckpointWriter:
 
     def tensor_digests(self) -> dict[str, str]:
         """sha256 of every stored tensor, read back from the files."""
-        self._sync()
-        return {name: self._digest([(name, None)]) for name in sorted(self.layout.places)}
+        with self._disk_errors():
+            self._sync()
+            return {name: self._digest([(name, None)]) for name in sorted(self.layout.places)}
 
     def publish(self) -> None:
         """Makes the folder appear under its final name; everything is on disk by then."""
@@ -129,7 +136,7 @@ class CheckpointWriter:
     def _acquire(self) -> Any:
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self.work.mkdir(exist_ok=True)
-        lock = open(self.work / "lock", "w")
+        lock = open(self.work / "lock", "w")  # noqa: SIM115  (held until close)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -146,7 +153,7 @@ class CheckpointWriter:
             os.posix_fallocate(fd, 0, self.layout.sizes[file])
             os.ftruncate(fd, self.layout.sizes[file])
             _write_at(fd, memoryview(header), 0)
-        entries = [entry for entry in entries if self._digest(entry["pieces"]) == entry["sha256"]]
+        entries = [entry for entry in entries if self._digest(entry["pieces"]) == entry["sha256"] != ""]
         self.done = {entry["job"]: entry["info"] for entry in entries}
         lines = [json.dumps({"fingerprint": fingerprint})] + [json.dumps(entry) for entry in entries]
         draft = self.work / "journal.new"
@@ -159,7 +166,9 @@ class CheckpointWriter:
         lines = _complete_lines(self.work / "journal.jsonl")
         if not lines:
             return []
-        recorded = lines[0].get("fingerprint", {})
+        recorded = lines[0].get("fingerprint")
+        if not isinstance(recorded, dict):
+            recorded = {}
         if not resume:
             raise ResumeError(
                 f"{self.target} has an unfinished run ({len(lines) - 1} weights done); continue it with --resume "
@@ -172,7 +181,7 @@ class CheckpointWriter:
             raise ResumeError(
                 f"cannot resume {self.target}: {values}{more}; restore them, or remove {self.work} to start over"
             )
-        return [entry for entry in lines[1:] if set(entry) == {"job", "sha256", "pieces", "info"}]
+        return [entry for entry in lines[1:] if _is_entry(entry)]
 
     def _locate(self, name: str, slot: int | None, size: int) -> tuple[int, int]:
         place = self.layout.places[name]
@@ -211,13 +220,18 @@ class CheckpointWriter:
                 raise WriteError(f"{self.target} cannot be written: {error}") from error
             raise WriteError(
                 f"the disk of {self.target.parent} is full: the checkpoint takes {self.layout.file_bytes} bytes and "
-                f"{shutil.disk_usage(self.work).free} are free; make room and continue with --resume"
+                f"{_free(self.work)} are free; make room and continue with --resume"
             ) from error
 
 
 def work_folder(target: Path) -> Path:
     """Where an unfinished run towards `target` keeps its work."""
     return target.parent / f".{target.name}.moepress"
+
+
+def remove_work(target: Path) -> None:
+    """Clears what a run leaves beside its finished target when it is killed just after the last rename."""
+    shutil.rmtree(work_folder(target), ignore_errors=True)
 
 
 def refuse_existing(target: Path) -> None:
@@ -228,12 +242,18 @@ def refuse_existing(target: Path) -> None:
 
 def _check_space(folder: Path, layout: Layout) -> None:
     there = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
-    free = shutil.disk_usage(folder).free
+    free = _free(folder)
     if layout.file_bytes - there > free:
         raise WriteError(
             f"the checkpoint takes {layout.file_bytes} bytes and {folder.parent.parent} has {free + there} free; "
             "make room or name a target on another disk"
         )
+
+
+def _free(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def _complete_lines(path: Path) -> list[dict[str, Any]]:
@@ -250,6 +270,21 @@ def _complete_lines(path: Path) -> list[dict[str, Any]]:
             break
         entries.append(entry)
     return entries
+
+
+def _is_entry(entry: dict[str, Any]) -> bool:
+    pieces = entry.get("pieces")
+    return (
+        set(entry) == {"job", "sha256", "pieces", "info"}
+        and isinstance(entry["job"], str)
+        and (isinstance(entry["info"], dict) and isinstance(pieces, list) and all(map(_is_place, pieces)))
+    )
+
+
+def _is_place(piece: Any) -> bool:
+    return (
+        isinstance(piece, list) and len(piece) == 2 and isinstance(piece[0], str) and isinstance(piece[1], int | None)
+    )
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

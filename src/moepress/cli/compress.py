@@ -34,6 +34,8 @@ RankPolicy = Annotated[
 ]  # fmt: skip
 FactorBits = Annotated[int | None, typer.Option(help="Width of the compensators' factors: 3, 4, 8 or 16.")]
 Iterations = Annotated[int | None, typer.Option(help="Alternations of quantiser and compensator, at most.")]
+Refit = Annotated[bool | None, typer.Option("--refit/--no-refit", help="Refit the factors to each other while they are "
+                                            "quantised; --no-refit is MiLo's own way.")]  # fmt: skip
 Keep = Annotated[list[str] | None, typer.Option(help="Leave these as they are: a name pattern, a role (attn.q) or a "
                                                      "group (attn, shared, mlp, expert). Repeatable.")]  # fmt: skip
 Frequencies = Annotated[Path | None, typer.Option(help="Expert frequencies, as `moepress profile` writes them.")]
@@ -59,12 +61,12 @@ def plan(
     output: Annotated[Path, typer.Option("--output", "-o", help="The plan file to write.")],
     preset: Preset = None, method: Method = None, bits: Bits = None, group_size: GroupSize = None,
     dense_rank: DenseRank = None, sparse_rank: SparseRank = None, rank_policy: RankPolicy = None,
-    factor_bits: FactorBits = None, iterations: Iterations = None, keep: Keep = None,
+    factor_bits: FactorBits = None, iterations: Iterations = None, refit: Refit = None, keep: Keep = None,
     frequencies: Frequencies = None, device: Device = "cpu", json: Json = False,
 ) -> None:  # fmt: skip
     """The decisions that `compress` would take, as a file to read, edit and pass to `compress --plan`."""
     pick_device(device)
-    asked = dict(method=method, bits=bits, group_size=group_size, factor_bits=factor_bits, iterations=iterations)
+    asked = _asked(method, bits, group_size, factor_bits, iterations, refit)
     ranks = ranks_from(dense_rank, sparse_rank, rank_policy)
     settings, counts = _settle(source, preset, asked, ranks, keep, frequencies)
     made = plan_checkpoint(source, settings, frequencies=counts, progress=console)
@@ -79,16 +81,16 @@ def compress(
     target: Annotated[Path, typer.Argument(help="The folder to make; must not exist.", show_default=False)],
     preset: Preset = None, method: Method = None, bits: Bits = None, group_size: GroupSize = None,
     dense_rank: DenseRank = None, sparse_rank: SparseRank = None, rank_policy: RankPolicy = None,
-    factor_bits: FactorBits = None, iterations: Iterations = None, keep: Keep = None,
+    factor_bits: FactorBits = None, iterations: Iterations = None, refit: Refit = None, keep: Keep = None,
     frequencies: Frequencies = None,
     plan: Annotated[Path | None, typer.Option(help="Do what this plan says.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was cut off.")] = False,
     device: Device = "auto", json: Json = False,
 ) -> None:  # fmt: skip
     """Compress a checkpoint folder into a new one."""
-    asked = dict(method=method, bits=bits, group_size=group_size, factor_bits=factor_bits, iterations=iterations)
+    asked = _asked(method, bits, group_size, factor_bits, iterations, refit)
     ranks = ranks_from(dense_rank, sparse_rank, rank_policy)
-    options: dict[str, Any] = dict(device=pick_device(device), resume=resume, progress=console)
+    options: dict[str, Any] = {"device": pick_device(device), "resume": resume, "progress": console}
     if plan is not None:
         if preset or ranks or keep or frequencies or any(value is not None for value in asked.values()):
             raise PlanError("--plan already decides everything; edit the plan instead of adding options")
@@ -122,6 +124,11 @@ def verify(
         raise typer.Exit(1)
 
 
+def _asked(*values: Any) -> dict[str, Any]:
+    names = ("method", "bits", "group_size", "factor_bits", "iterations", "refit")
+    return dict(zip(names, values, strict=True))
+
+
 def ranks_from(dense: int | None, sparse: int | None, policy: str | None) -> str | None:
     """The rank options as one policy, or None where none was given."""
     if dense is None and sparse is None:
@@ -132,7 +139,12 @@ def ranks_from(dense: int | None, sparse: int | None, policy: str | None) -> str
 
 
 def _settle(
-    source: Path, name: str | None, asked: dict[str, Any], ranks: str | None, keep: list[str] | None, path: Path | None
+    source: Path,
+    name: str | None,
+    asked: dict[str, Any],
+    ranks: str | None,
+    keep: list[str] | None,
+    path: Path | None,
 ) -> tuple[Settings, dict[str, list[float]]]:
     with open_source(source) as src:
         counts = read_frequencies(path, src.graph) if path else {}

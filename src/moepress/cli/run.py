@@ -110,7 +110,11 @@ def profile(
     body = profile_frequencies(model, tokenizer, read_text(text), window, max_tokens, console)
     write_text(output, jsonlib.dumps(body) + "\n")
     shares = [(name, [c / max(sum(counts), 1) for c in counts]) for name, counts in body["banks"].items()]
-    table("expert use", ("experts of", "least", "most"), [(n, f"{min(s):.1%}", f"{max(s):.1%}") for n, s in shares])
+    table(
+        "expert use",
+        ("experts of", "least", "most"),
+        [(n, f"{min(s):.1%}", f"{max(s):.1%}") for n, s in shares],
+    )
     finish(json, {"frequencies": str(output), "tokens": body["tokens"], "banks": len(body["banks"])})
 
 

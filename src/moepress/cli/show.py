@@ -25,8 +25,10 @@ def show_inventory(src: Source, kurtosis: Mapping[str, float]) -> dict[str, Any]
         entry = kept.setdefault(tensor.role, {"tensors": 0, "bytes": 0})
         entry["tensors"] += 1
         entry["bytes"] += src.reader.tensors[tensor.name].num_bytes
-    rows = [[role, e["matrices"], e["shapes"], f"{e['weights']:,}", mebibytes(e["bytes"]), e["kurtosis_text"], "compress"]
-            for role, e in roles.items()]  # fmt: skip
+    rows = [
+        [role, e["matrices"], e["shapes"], f"{e['weights']:,}", mebibytes(e["bytes"]), e["kurtosis_text"], "compress"]
+        for role, e in roles.items()
+    ]
     rows += [[role, e["tensors"], "", "", mebibytes(e["bytes"]), "", "keep"] for role, e in kept.items()]
     title = f"{src.folder} ({src.graph.family.model_type})"
     heads = ("role", "tensors", "shape", "weights", "bytes", "kurtosis: median (range)", "fate")
@@ -45,7 +47,14 @@ def show_plan(plan: Plan, summary: Mapping[str, Any] | None = None) -> None:
     """What was decided, by group of roles."""
     summary = summary or plan.notes["predicted"]
     rows = [
-        [name, e["matrices"], f"{e['weights']:,}", f"{e['bpw']:.3f}", f"{e['average_rank']:g}", mebibytes(e["bytes"])]
+        [
+            name,
+            e["matrices"],
+            f"{e['weights']:,}",
+            f"{e['bpw']:.3f}",
+            f"{e['average_rank']:g}",
+            mebibytes(e["bytes"]),
+        ]
         for name, e in summary["groups"].items()
     ]
     table(f"method {plan.method}", ("weights", "matrices", "count", "bits/weight", "mean rank", "bytes"), rows)

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Both are imported here: they are heavy, and the second is an optional dependency.
     from lm_eval.__main__ import cli_evaluate
 
-    import moepress  # noqa: F401  (registers the compressed format with transformers)
+    import moepress.hf  # noqa: F401  (registers the compressed format with transformers)
 
     before = sys.argv
     # cli_evaluate takes no arguments: it reads sys.argv, and inserts into it.

@@ -58,9 +58,7 @@ class Row:
         """
         value = self.value(name)
         if type(value) is not int or not 0 <= value < size:  # a JSON true is an int to isinstance
-            self.fail(
-                f'the field "{name}" must be a whole number from 0 to {size - 1}, not {value!r}'
-            )
+            self.fail(f'the field "{name}" must be a whole number from 0 to {size - 1}, not {value!r}')
         return value
 
 
@@ -86,9 +84,7 @@ def _parse(path: Path, number: int, raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise EvaluationError(f"{path}, line {number}: not UTF-8 text ({error.reason})") from error
     except json.JSONDecodeError as error:
-        raise EvaluationError(
-            f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})"
-        ) from error
+        raise EvaluationError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from error
     if not isinstance(fields, dict):
         kind = type(fields).__name__
         raise EvaluationError(f"{path}, line {number}: a row must be a JSON object, not a {kind}")

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+import moepress.hf  # noqa: F401  (registers the compressed format)
 from moepress.errors import CheckpointError, EvaluationError, MoepressError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

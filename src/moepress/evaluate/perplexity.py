@@ -155,13 +155,10 @@ def _check_settings(window: int, stride: int, max_tokens: int | None) -> None:
         raise EvaluationError(f"window is {window}; at least 2 tokens are needed to score one")
     if not 1 <= stride <= window:
         raise EvaluationError(
-            f"stride is {stride}, window is {window}; use a stride from 1 to {window} "
-            f"({window}: disjoint windows)"
+            f"stride is {stride}, window is {window}; use a stride from 1 to {window} ({window}: disjoint windows)"
         )
     if max_tokens is not None and max_tokens < 2:
-        raise EvaluationError(
-            f"max_tokens is {max_tokens}; at least 2 tokens are needed to score one"
-        )
+        raise EvaluationError(f"max_tokens is {max_tokens}; at least 2 tokens are needed to score one")
 
 
 def _check_length(model: PreTrainedModel, length: int, window: int) -> None:
@@ -169,9 +166,7 @@ def _check_length(model: PreTrainedModel, length: int, window: int) -> None:
         raise EvaluationError(f"the text has {length} token(s); at least 2 are needed to score one")
     limit = max_positions(model)
     if limit is not None and min(window, length) > limit:
-        raise EvaluationError(
-            f"window is {window}, the model has {limit} positions; use a window of at most {limit}"
-        )
+        raise EvaluationError(f"window is {window}, the model has {limit} positions; use a window of at most {limit}")
 
 
 def _disjoint(length: int, window: int) -> Iterator[_Window]:
@@ -214,7 +209,7 @@ def _loss(model: PreTrainedModel, ids: torch.Tensor, w: _Window) -> float:
     # The logits at t - 1 predict token t: one row more than there are targets, and the last one
     # predicts nothing here.
     logits_BTV = suffix_logits(model, inputs_BT, torch.ones_like(inputs_BT), len(targets_T) + 1)
-    return -log_probabilities(logits_BTV[0, :-1], targets_T).double().sum().item()
+    return -float(log_probabilities(logits_BTV[0, :-1], targets_T).double().sum())
 
 
 def _exp(loss: float) -> float:
@@ -226,14 +221,9 @@ def _exp(loss: float) -> float:
 
 def _protocol(window: int, stride: int, length: int, *, cut: bool) -> str:
     if stride < window:
-        label = (
-            f"sliding windows of {window} with stride {stride}, mean of per-window losses (MiLo)"
-        )
+        label = f"sliding windows of {window} with stride {stride}, mean of per-window losses (MiLo)"
     elif length < window:
-        label = (
-            f"one window of {length} (text shorter than {window}), first token not scored, "
-            "mean over tokens"
-        )
+        label = f"one window of {length} (text shorter than {window}), first token not scored, mean over tokens"
     else:
         label = f"disjoint windows of {window}, first token of each not scored, mean over tokens"
     return label + (f"; first {length} tokens of the text" if cut else "")

@@ -38,9 +38,7 @@ def resident_bytes(model: nn.Module) -> int:
     sizes: dict[tuple[str, int], int] = {}
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_meta:
-            raise EvaluationError(
-                f"{name} is on the meta device and has no bytes; load the model first"
-            )
+            raise EvaluationError(f"{name} is on the meta device and has no bytes; load the model first")
         storage = tensor.untyped_storage()
         sizes[str(tensor.device), storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())

@@ -63,9 +63,7 @@ def check_vocabulary(model: PreTrainedModel, ids: Sequence[int]) -> None:
         )
 
 
-def suffix_logits(
-    model: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor, keep: int
-) -> torch.Tensor:
+def suffix_logits(model: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor, keep: int) -> torch.Tensor:
     """Logits (B, keep, V) of the last `keep` positions, in the model's dtype, on its device."""
     narrowed = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -85,8 +83,6 @@ def log_probabilities(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch
     targets_T = targets_T.to(logits_TV.device)
     chunks = [
         -F.cross_entropy(rows.float(), targets, reduction="none")
-        for rows, targets in zip(
-            torch.split(logits_TV, CHUNK), torch.split(targets_T, CHUNK), strict=True
-        )
+        for rows, targets in zip(torch.split(logits_TV, CHUNK), torch.split(targets_T, CHUNK), strict=True)
     ]
     return torch.cat(chunks).cpu()

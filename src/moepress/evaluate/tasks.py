@@ -157,10 +157,7 @@ def run_task(
     requests = _requests(model, tokenizer, task)
     scores = iter(_scores(model, requests, batch_size, task, progress))
     form = TASKS[task.name]
-    outcomes = [
-        form.measure(example, list(islice(scores, len(example.choices))))
-        for example in task.examples
-    ]
+    outcomes = [form.measure(example, list(islice(scores, len(example.choices)))) for example in task.examples]
     columns = {metric: [outcome[metric] for outcome in outcomes] for metric in outcomes[0]}
     return TaskResult(
         task=task.name,
@@ -208,9 +205,7 @@ def _measure_greedy(example: Example, scores: Sequence[_Score]) -> dict[str, boo
 
 def _measure_choices(example: Example, scores: Sequence[_Score]) -> dict[str, bool]:
     sums = [score.log_likelihood for score in scores]
-    per_character = [
-        total / len(choice) for total, choice in zip(sums, example.choices, strict=True)
-    ]
+    per_character = [total / len(choice) for total, choice in zip(sums, example.choices, strict=True)]
     return {
         "acc": sums.index(max(sums)) == example.gold,
         "acc_norm": per_character.index(max(per_character)) == example.gold,
@@ -237,9 +232,7 @@ TASKS: dict[str, TaskFormat] = {
 """The tasks that `load_task` knows, by name."""
 
 
-def _requests(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
-) -> list[_Request]:
+def _requests(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[_Request]:
     """All continuations of all rows, in order."""
     limit = max_positions(model) or math.inf
     requests = []
@@ -263,9 +256,7 @@ def _request(ids: list[int], skip: int, limit: float, line: int, where: str) -> 
             f"{max(scored, 0)} tokens of their own; each needs at least 1"
         )
     if scored > limit:
-        raise EvaluationError(
-            f"{where}: the continuation has {scored} tokens, the model has {limit} positions"
-        )
+        raise EvaluationError(f"{where}: the continuation has {scored} tokens, the model has {limit} positions")
     # The last token is only ever a target, so one token more than the positions fits.
     excess = max(len(ids) - 1 - limit, 0)
     return _Request(ids=ids[int(excess) :], scored=scored, truncated=excess > 0, line=line)
@@ -282,16 +273,12 @@ def _scores(
     # Longest first: an out-of-memory error comes at once, and rows of a batch need little padding.
     # Length counts from the first scored token too, because all rows of a batch keep as many logits
     # as the one that needs most.
-    order = sorted(
-        range(len(requests)), key=lambda i: (-len(requests[i].ids), requests[i].scored, i)
-    )
+    order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].ids), requests[i].scored, i))
     scores: dict[int, _Score] = {}
     with inference(model), progress(task.name, len(requests)) as advance:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            scores.update(
-                zip(batch, _score_batch(model, [requests[i] for i in batch]), strict=True)
-            )
+            scores.update(zip(batch, _score_batch(model, [requests[i] for i in batch]), strict=True))
             _refuse_nan([(requests[i], scores[i]) for i in batch], task.path)
             advance(len(batch))
     return [scores[i] for i in range(len(requests))]
@@ -300,9 +287,7 @@ def _scores(
 def _refuse_nan(scored: Iterable[tuple[_Request, _Score]], path: Path) -> None:
     for request, score in scored:
         if math.isnan(score.log_likelihood):
-            raise EvaluationError(
-                f"{path}, line {request.line}: the model's logits are NaN or infinite"
-            )
+            raise EvaluationError(f"{path}, line {request.line}: the model's logits are NaN or infinite")
 
 
 def _score_batch(model: PreTrainedModel, batch: list[_Request]) -> list[_Score]:

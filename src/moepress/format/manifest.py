@@ -86,7 +86,12 @@ class Manifest:
             groups.setdefault((entry.spec.tag, entry.shape), []).append(name)
         linears = [{"spec": tag, "shape": list(shape), "names": names} for (tag, shape), names in groups.items()]
         banks = {name: _bank_to_config(bank) for name, bank in self.banks.items()}
-        return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "linears": linears, "banks": banks}
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "linears": linears,
+            "banks": banks,
+        }
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Manifest:

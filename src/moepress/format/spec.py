@@ -67,7 +67,7 @@ class WeightSpec:
         """Name -> (safetensors dtype, shape) of every tensor that stores one (N, K) weight."""
         n, k = out_features, in_features
         groups = math.ceil(k / self.group_size)
-        parts = {
+        parts: dict[str, tuple[str, tuple[int, ...]]] = {
             "packed": ("U8", (n, packed_bytes(k, self.bits))),
             "scale": ("F16", (n, groups)),
             "zero": ("F16", (n, groups)),

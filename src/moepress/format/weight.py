@@ -60,9 +60,7 @@ def dequantize_factors(
     return u, v
 
 
-def dequantize_factor(
-    packed: torch.Tensor, scale: torch.Tensor, bits: int, shape: tuple[int, int]
-) -> torch.Tensor:
+def dequantize_factor(packed: torch.Tensor, scale: torch.Tensor, bits: int, shape: tuple[int, int]) -> torch.Tensor:
     """Integer factor codes -> float32 [..., *shape]."""
     count = math.prod(shape)
     codes = unpack_codes(packed, bits, count)

@@ -133,6 +133,8 @@ def _refs(
     family: Family, name: str, shape: tuple[int, ...], role: object, layer: int, expert: int | None
 ) -> Iterable[WeightRef]:
     bank = family.bank.format(layer=layer)
+    if 0 in shape:
+        raise CheckpointError(f"{name} has shape {shape}, which holds no value; the checkpoint is damaged")
     if isinstance(role, str):
         if len(shape) != 2:
             raise CheckpointError(f"{name} has shape {shape}; a weight of role {role} has two dimensions")
@@ -169,7 +171,7 @@ def _compiled(template: str) -> re.Pattern[str]:
 
 def _kept_order(tensor: KeptTensor) -> tuple[int, str]:
     # embeddings first, layers by number, then the rest: close to forward order, and independent of the files' order
-    layer = re.search(r"\.(\d+)\.", tensor.name)
+    layer = re.search(r"\.(\d{1,5})\.", tensor.name)
     return (-1 if tensor.role == "embedding" else int(layer.group(1)) if layer else 10**6, tensor.name)
 
 
@@ -190,9 +192,9 @@ def _check_banks(weights: list[WeightRef]) -> None:
         count = max(expert for expert, _ in bank) + 1
         for expert in range(count):
             for projection in ("gate", "up", "down"):
-                ref = bank.get((expert, projection))
-                if ref is None:
+                found = bank.get((expert, projection))
+                if found is None:
                     raise CheckpointError(f"{name}: expert {expert} of {count} has no {projection} weight")
                 like = bank[0, "down" if projection == "down" else "gate"]
-                if ref.shape != like.shape:
-                    raise CheckpointError(f"{ref.name} has shape {ref.shape} but {like.name} has {like.shape}")
+                if found.shape != like.shape:
+                    raise CheckpointError(f"{found.name} has shape {found.shape} but {like.name} has {like.shape}")

@@ -20,7 +20,12 @@ FREQUENCIES_VERSION = 1
 
 
 def profile_frequencies(
-    model: Any, tokenizer: Any, text: str, window: int = 2048, max_tokens: int | None = None, progress: Progress = silent
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    window: int = 2048,
+    max_tokens: int | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Runs the model over the text in disjoint windows; bank name (the files' spelling) -> tokens per expert."""
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:max_tokens])

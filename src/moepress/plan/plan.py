@@ -19,7 +19,7 @@ from moepress.format.manifest import BankEntry, LinearEntry, Manifest
 from moepress.format.spec import WeightSpec, check_shape
 from moepress.graph.view import ROUTED, ModelGraph, WeightRef
 from moepress.plan.ranks import Evidence, assign_ranks
-from moepress.plan.settings import METHODS, Settings
+from moepress.plan.settings import MAX_ITERATIONS, METHODS, Settings
 
 PLAN_VERSION = 1
 KEEP = "keep"
@@ -33,6 +33,7 @@ class Plan:
     """Digest of the source's tensor names, dtypes and shapes."""
     method: str
     iterations: int
+    refit: bool
     weights: Mapping[str, WeightSpec | None]
     notes: Mapping[str, Any] = field(default_factory=dict)
     """For people: the settings it came from and the sizes predicted. Never read back."""
@@ -41,7 +42,12 @@ class Plan:
         """One line a weight; `from_json` is the inverse but for `notes`."""
         tags = {name: spec.tag if spec else KEEP for name, spec in self.weights.items()}
         head = {"moepress_plan": PLAN_VERSION, "source": self.source, "method": self.method}
-        body = head | {"iterations": self.iterations, "notes": dict(self.notes), "weights": tags}
+        body = head | {
+            "iterations": self.iterations,
+            "refit": self.refit,
+            "notes": dict(self.notes),
+            "weights": tags,
+        }
         return json.dumps(body, indent=1) + "\n"
 
     @classmethod
@@ -52,19 +58,28 @@ class Plan:
             if body["moepress_plan"] != PLAN_VERSION:
                 raise PlanError(f"plan version {body['moepress_plan']!r}; this moepress reads {PLAN_VERSION}")
             weights = {name: None if tag == KEEP else WeightSpec.parse(tag) for name, tag in body["weights"].items()}
-            plan = cls(str(body["source"]), str(body["method"]), int(body["iterations"]), weights, body["notes"])
+            plan = cls(
+                str(body["source"]),
+                str(body["method"]),
+                int(body["iterations"]),
+                bool(body["refit"]),
+                weights,
+                dict(body["notes"]),
+            )
         except PlanError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise PlanError(f"not a moepress plan: {error!r}; write one with `moepress plan SRC -o FILE`") from error
         if plan.method not in METHODS:
             raise PlanError(f"plan: method {plan.method!r} is unknown; choose one of {', '.join(METHODS)}")
+        if not 0 <= plan.iterations <= MAX_ITERATIONS:
+            raise PlanError(f"plan: iterations {plan.iterations} is not between 0 and {MAX_ITERATIONS}")
         return plan
 
     def digest(self) -> str:
         """sha256 of the decisions: two plans with equal digests give equal bytes."""
         decided = {name: spec.tag if spec else KEEP for name, spec in self.weights.items()}
-        text = json.dumps([self.source, self.method, self.iterations, sorted(decided.items())])
+        text = json.dumps([self.source, self.method, self.iterations, self.refit, sorted(decided.items())])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -73,12 +88,15 @@ def make_plan(graph: ModelGraph, source: str, settings: Settings, evidence: Evid
     kept = {ref.name for ref in graph.weights if _is_kept(ref, settings.keep)}
     unused = [p for p in settings.keep if not any(_is_kept(ref, (p,)) for ref in graph.weights)]
     if unused:
-        raise PlanError(f"--keep {unused[0]!r} matches no weight; give a name pattern, a role (attn.q) or a group (expert)")
+        raise PlanError(
+            f"--keep {unused[0]!r} matches no weight; give a name pattern, a role (attn.q) or a group (expert)"
+        )
     base = WeightSpec(bits=settings.bits, group_size=settings.group_size)
     chosen = [ref for ref in graph.weights if ref.name not in kept]
     ranks = assign_ranks(settings.ranks, chosen, base, settings.factor_bits, evidence)
     weights = {ref.name: _spec(settings, ranks[ref.name]) if ref.name in ranks else None for ref in graph.weights}
-    plan = Plan(source, settings.method, settings.iterations, weights, {"settings": settings.as_dict()})
+    notes = {"settings": settings.as_dict()}
+    plan = Plan(source, settings.method, settings.iterations, settings.refit, weights, notes)
     check_plan(plan, graph)
     return plan
 
@@ -87,7 +105,7 @@ def check_plan(plan: Plan, graph: ModelGraph) -> None:
     """Raises PlanError unless the plan decides every weight of the graph, once, in a way that can be stored."""
     missing = [ref.name for ref in graph.weights if ref.name not in plan.weights]
     if missing:
-        raise PlanError(f"the plan says nothing of {_some(missing)}; add a spec or \"keep\" for each")
+        raise PlanError(f'the plan says nothing of {_some(missing)}; add a spec or "keep" for each')
     unknown = sorted(set(plan.weights) - {ref.name for ref in graph.weights})
     if unknown:
         raise PlanError(f"the plan names {_some(unknown)}, which the source does not have")
@@ -140,7 +158,9 @@ def _check_banks(plan: Plan, graph: ModelGraph) -> None:
     for name, refs in banks.items():
         kept = [ref.name for ref in refs.values() if plan.weights[ref.name] is None]
         if kept and len(kept) < len(refs):
-            raise PlanError(f"{name}: {_some(kept)} would stay at full size beside compressed experts; keep all or none")
+            raise PlanError(
+                f"{name}: {_some(kept)} would stay at full size beside compressed experts; keep all or none"
+            )
         for (expert, projection), ref in refs.items():
             up = refs[expert, "up"]
             if projection == "gate" and plan.weights[ref.name] != plan.weights[up.name]:
@@ -158,9 +178,7 @@ def _spec(settings: Settings, rank: int) -> WeightSpec:
 
 def _is_kept(ref: WeightRef, patterns: tuple[str, ...]) -> bool:
     aliases = {"routed": ROUTED, "attention": "attn"}
-    return any(
-        fnmatchcase(ref.name, p) or fnmatchcase(ref.role, p) or ref.group == aliases.get(p, p) for p in patterns
-    )
+    return any(fnmatchcase(ref.name, p) or fnmatchcase(ref.role, p) or ref.group == aliases.get(p, p) for p in patterns)
 
 
 def _some(names: list[str]) -> str:

@@ -52,7 +52,9 @@ def parse_policy(text: str) -> tuple[Term, ...]:
     for part in text.split("+"):
         found = _TERM.fullmatch(part.strip())
         if not found:
-            raise PlanError(f"rank policy {part!r} is not understood; write kind-rank with kind one of {', '.join(KINDS)}")
+            raise PlanError(
+                f"rank policy {part!r} is not understood; write kind-rank with kind one of {', '.join(KINDS)}"
+            )
         kind, amount = found.group(1), float(found.group(2))
         if kind in {"uniform", "dense", "sparse"} and amount != int(amount):
             raise PlanError(f"rank policy {part!r}: {kind} takes a whole number")
@@ -159,7 +161,7 @@ def _milo_kurtosis(
 def _frequency(
     amount: float, _: Sequence[WeightRef], units: Units, factor_bits: int, evidence: Evidence
 ) -> dict[str, int]:
-    ranks = {}
+    ranks: dict[str, int] = {}
     for unit in units:
         bank, expert = unit[0].bank, unit[0].expert
         counts = evidence.frequency.get(bank or "")

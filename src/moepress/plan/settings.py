@@ -4,8 +4,9 @@
 Presets and how they scale. MiLo (arXiv 2504.02658) publishes two strategies for each of two models, all 3 bits, groups
 of 64, INT3 factors:
 
-    milo-s1   Mixtral-8x7B (hidden 4096)  dense-512  + kurtosis-16     DeepSeek-MoE-16B (hidden 2048)  dense-800
-    milo-s2                               dense-1024 + kurtosis-32                                     dense-1024 + frequency-32
+              Mixtral-8x7B (hidden 4096)    DeepSeek-MoE-16B (hidden 2048)
+    milo-s1   dense-512 + kurtosis-16       dense-800
+    milo-s2   dense-1024 + kurtosis-32      dense-1024 + frequency-32
 
 with 20 alternations for Mixtral and 10 for DeepSeek. On these two families they are used as published. For others,
 which of the two to follow is decided by the experts of a layer: up to 16 is Mixtral's kind (few, balanced), more is
@@ -26,6 +27,7 @@ from moepress.plan.ranks import parse_policy
 METHODS = ("rtn", "hqq", "milo")
 PRESETS = ("milo-s1", "milo-s2")
 FEW_EXPERTS = 16
+MAX_ITERATIONS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,8 @@ class Settings:
     """Width of the compensators' factors: 3 (MiLo's rule), 4, 8 or 16 (fp16)."""
     iterations: int = 10
     """Alternations after the first pass; the paper's stopping rule may end them sooner."""
+    refit: bool = True
+    """Whether factors are refitted to each other while they are quantised (ours); False is MiLo's own way."""
     keep: tuple[str, ...] = ()
     """Weights to leave as they are: glob patterns on names, roles (attn.q) or role groups (expert)."""
 
@@ -51,8 +55,8 @@ class Settings:
         WeightSpec(bits=self.bits, group_size=self.group_size)
         if self.factor_bits not in FACTOR_BITS:
             raise PlanError(f"factor_bits {self.factor_bits} is not supported; choose one of {FACTOR_BITS}")
-        if not 0 <= self.iterations <= 1000:
-            raise PlanError(f"iterations {self.iterations} is not between 0 and 1000")
+        if not 0 <= self.iterations <= MAX_ITERATIONS:
+            raise PlanError(f"iterations {self.iterations} is not between 0 and {MAX_ITERATIONS}")
         ranked = any(term.amount for term in parse_policy(self.ranks))
         if ranked and self.method != "milo":
             raise PlanError(f"method {self.method} has no compensators, but ranks are {self.ranks}; use --method milo")

@@ -31,11 +31,12 @@ SHRINK_FROM = BETA ** (-1 / (2 - NORM))
 
 def hqq(name: str, weight: torch.Tensor, bits: int, group_size: int) -> AffineWeight:
     """A weight [N, K] of any float dtype -> codes, scale, zero."""
-    chunks = [_ChunkHistory(weight[rows].float(), bits, group_size) for rows in row_chunks(weight)]
+    ranges = list(row_chunks(weight))
+    chunks = [_ChunkHistory(weight[rows].float(), bits, group_size, len(ranges) == 1) for rows in ranges]
     steps = _stopping_index(torch.stack([chunk.errors for chunk in chunks]).sum(0).tolist())
     codes = torch.cat([
         chunk.codes(weight[rows].float(), steps, bits, group_size)
-        for chunk, rows in zip(chunks, row_chunks(weight), strict=True)
+        for chunk, rows in zip(chunks, ranges, strict=True)
     ])  # fmt: skip
     scale = torch.cat([chunk.inverse for chunk in chunks]).reciprocal_()
     zero = torch.cat([chunk.zeros[steps] for chunk in chunks])
@@ -45,15 +46,17 @@ def hqq(name: str, weight: torch.Tensor, bits: int, group_size: int) -> AffineWe
 class _ChunkHistory:
     """All iterations of some rows: `inverse` [n, G], `zeros` [steps + 1, n, G], summed `errors` [steps]."""
 
-    def __init__(self, rows: torch.Tensor, bits: int, group_size: int) -> None:
-        inverses, zeros, self.errors = [], [], torch.zeros(ITERATIONS, dtype=torch.float64, device=rows.device)
-        for groups in group_views(rows, group_size):
+    def __init__(self, rows: torch.Tensor, bits: int, group_size: int, alone: bool) -> None:
+        inverses, zeros, errors = [], [], []
+        views = list(group_views(rows, group_size))
+        for groups in views:
             inverse, zero = minmax(groups, bits)
-            history, errors = _iterate(groups, inverse, zero, bits)
+            history, summed = _iterate(groups, inverse, zero, bits, alone and len(views) == 1)
             inverses.append(inverse.squeeze(-1))
             zeros.append(history.squeeze(-1))
-            self.errors += errors
+            errors.append(summed)
         self.inverse, self.zeros = torch.cat(inverses, 1), torch.cat(zeros, 2)
+        self.errors = torch.stack(errors).sum(0)
 
     def codes(self, rows: torch.Tensor, steps: int, bits: int, group_size: int) -> torch.Tensor:
         """The codes of these rows with the zeros after `steps` iterations."""
@@ -67,25 +70,62 @@ class _ChunkHistory:
 
 
 def _iterate(
-    groups: torch.Tensor, inverse: torch.Tensor, zero: torch.Tensor, bits: int
+    groups: torch.Tensor, inverse: torch.Tensor, zero: torch.Tensor, bits: int, alone: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zeros [steps + 1, n, G, 1] (the first is the start) and the summed |w - D| [steps] of each iteration."""
+    """Zeros [steps + 1, n, G, 1] (the first is the start) and the summed |w - D| [steps] of each iteration.
+
+    `alone` says that these groups are the whole matrix, so that their error decides when to stop.
+    """
     inert = _shrinkage_is_inert(groups, inverse)
     scaled = groups * inverse
     shifted, codes = torch.empty_like(scaled), torch.empty_like(scaled)
     zeros, errors = [zero], []
+    best = float("inf")
     for _ in range(ITERATIONS):
         torch.add(scaled, zero, out=shifted)
         torch.round(shifted, out=codes).clamp_(0, 2**bits - 1)
         if inert:
-            errors.append(shifted.sub_(codes).abs_().sum(-1, keepdim=True).div_(inverse).sum(dtype=torch.float64))
+            error = shifted.sub_(codes).abs_().sum(-1, keepdim=True).div_(inverse).sum(dtype=torch.float64)
             zero = codes.sub_(scaled).mean(-1, keepdim=True)
         else:
-            residual = groups - (codes - zero) / inverse
-            errors.append(residual.abs().sum(dtype=torch.float64))
-            zero = (codes - (groups - shrink(residual)) * inverse).mean(-1, keepdim=True)
+            residual = torch.sub(groups, torch.sub(codes, zero, out=shifted).div_(inverse), out=shifted)
+            exceeds = _may_exceed(zero - zeros[0], inverse)
+            zero = _shrunken_zero(groups, scaled, inverse, codes, residual, exceeds)
+            error = residual.abs_().sum(dtype=torch.float64)
         zeros.append(zero)
+        errors.append(error)
+        if alone:
+            if not error.item() < best:
+                break
+            best = error.item()
     return torch.stack(zeros), torch.stack(errors)
+
+
+def _may_exceed(shift: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Which groups [n, G], whose zero has moved by `shift`, can hold a residual that the shrinkage does not erase."""
+    # in code units w S + Z starts inside [0, 2^b - 1]: rounding moves it by 1/2 and clamping by |shift| at most;
+    # 0.02 covers the rounding of float32, where |w S| reaches MAX_ZERO
+    return (shift.abs().clamp_(min=0.5).add_(0.02) / inverse > SHRINK_FROM).squeeze(-1)
+
+
+def _shrunken_zero(
+    groups: torch.Tensor,
+    scaled: torch.Tensor,
+    inverse: torch.Tensor,
+    codes: torch.Tensor,
+    residual: torch.Tensor,
+    exceeds: torch.Tensor,
+) -> torch.Tensor:
+    """mean(q - (w - e) S) of each group, with e evaluated only where it can differ from 0; overwrites `codes`."""
+    count = int(exceeds.sum())
+    if 2 * count > exceeds.numel():
+        return codes.sub_(groups.sub(shrink(residual)).mul_(inverse)).mean(-1, keepdim=True)
+    if not count:
+        return codes.sub_(scaled).mean(-1, keepdim=True)
+    few = exceeds.nonzero(as_tuple=True)
+    targets = (groups[few] - shrink(residual[few])) * inverse[few]
+    corrected = (codes[few] - targets).mean(-1, keepdim=True)
+    return codes.sub_(scaled).mean(-1, keepdim=True).index_put_(few, corrected)
 
 
 def shrink(residual: torch.Tensor) -> torch.Tensor:
@@ -93,7 +133,7 @@ def shrink(residual: torch.Tensor) -> torch.Tensor:
     size = residual.abs()
     if size.max() <= SHRINK_FROM:
         return torch.zeros_like(residual)
-    return size.sub(size.pow(NORM - 1) / BETA).clamp_(min=0).mul_(residual.sign())
+    return size.sub_(size.pow(NORM - 1).div_(BETA)).clamp_(min=0).copysign_(residual)
 
 
 def _shrinkage_is_inert(groups: torch.Tensor, inverse: torch.Tensor) -> bool:

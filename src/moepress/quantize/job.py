@@ -12,7 +12,7 @@ from moepress.errors import CheckpointError
 from moepress.format.packing import pack_codes
 from moepress.format.spec import WeightSpec
 from moepress.format.weight import Parts, dequantize_base, dequantize_factors
-from moepress.quantize.factors import quantize_factor
+from moepress.quantize.factors import quantize_factors
 from moepress.quantize.hqq import hqq
 from moepress.quantize.milo import milo
 from moepress.quantize.rtn import rtn
@@ -30,7 +30,7 @@ class CompressedWeight:
 
 
 def compress_weight(
-    name: str, weight: torch.Tensor, spec: WeightSpec, method: str, iterations: int = 10
+    name: str, weight: torch.Tensor, spec: WeightSpec, method: str, iterations: int = 10, refit: bool = True
 ) -> CompressedWeight:
     """A float weight [N, K] on any device -> its stored parts on that device.
 
@@ -40,8 +40,7 @@ def compress_weight(
     if method == "milo" and spec.rank:
         fitted = milo(name, weight.float(), spec.bits, spec.group_size, spec.rank, iterations)
         base, alternations = fitted.base, len(fitted.residual_norms) - 1
-        parts = quantize_factor(name, "u", fitted.u, spec.factor_bits)
-        parts |= quantize_factor(name, "v", fitted.v, spec.factor_bits)
+        parts = quantize_factors(name, fitted.residual, fitted.u, fitted.v, spec.factor_bits, refit)
     else:
         solve = rtn if method == "rtn" else hqq
         base, parts, alternations = solve(name, weight, spec.bits, spec.group_size), {}, 0

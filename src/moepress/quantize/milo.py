@@ -6,9 +6,9 @@ Huang, Yuan, Shao and Zhang, "MiLo: Efficient Quantized MoE Inference with Mixtu
 
     D_t = HQQ(W - U_{t-1} V_{t-1}) from scratch,   U_t V_t = the best rank-R approximation of W - D_t,   U_0 V_0 = 0
 
-for t = 0 .. T, ending on the compensator; the factors are quantised once, after the loop. The loop stops early when the
-mean of |W - D - U V|_F over a sliding window falls by less than 1e-4 of itself. The paper does not give the window's
-length; ours is 3.
+for t = 0 .. T, ending on the compensator. The factors are quantised after the loop (moepress.quantize.factors). The
+loop stops early when the mean of |W - D - U V|_F over a sliding window falls by less than 1e-4 of itself. The paper
+does not give the window's length; ours is 3.
 
 Inside the loop only the product U V is needed, and the projection q (q^T E) is that product: the small SVD that splits
 it into balanced factors is taken once, at the end.
@@ -31,9 +31,11 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class MiloResult:
-    """The base, the float32 factors u [N, R] and v [R, K], and the residual norm after each alternation."""
+    """The base, its float32 residual [N, K], the float32 factors u [N, R] and v [R, K] that approximate the residual,
+    and |residual - u v|_F after each alternation."""
 
     base: AffineWeight
+    residual: torch.Tensor
     u: torch.Tensor
     v: torch.Tensor
     residual_norms: tuple[float, ...]
@@ -50,7 +52,7 @@ def milo(name: str, weight: torch.Tensor, bits: int, group_size: int, rank: int,
         q, b = project(residual, rank, generator)
         norms.append(_left_over(residual, b))
         if len(norms) > iterations or _has_settled(norms):
-            return MiloResult(base, *balance(q, b), tuple(norms))
+            return MiloResult(base, residual, *balance(q, b), tuple(norms))
         target = torch.addmm(weight, q, b, alpha=-1)
 
 

@@ -15,7 +15,6 @@ from torch import nn
 
 from moepress.errors import CheckpointError
 from moepress.format.manifest import BankEntry, LinearEntry, Manifest, Stored
-from moepress.graph.view import Family
 from moepress.runtime.experts import ExpertBank
 from moepress.runtime.linear import CompressedLinear
 
@@ -62,13 +61,25 @@ def check_claims(model: nn.Module, found: Mapping[str, str], ignored: Iterable[s
         raise CheckpointError(f"the files hold {_some(unclaimed)}, which {type(model).__name__} has no place for")
 
 
+def check_shapes(model: nn.Module, found: Mapping[str, str], stored: Stored) -> None:
+    """Raises CheckpointError where a tensor that is loaded as it is has another shape in the files."""
+    own = model.state_dict()
+    for name, file_name in found.items():
+        if name in own and tuple(own[name].shape) != stored[file_name][1]:
+            raise CheckpointError(
+                f"{file_name} has shape {stored[file_name][1]} in the files and {tuple(own[name].shape)} by config.json"
+            )
+
+
 def _replace(model: nn.Module, name: str, make: Callable[[nn.Module], nn.Module]) -> None:
     parent, _, child = name.rpartition(".")
     try:
         owner = model.get_submodule(parent)
         old = owner.get_submodule(child)
     except AttributeError as error:
-        raise CheckpointError(f"{type(model).__name__} has no module {name}, which the checkpoint compresses") from error
+        raise CheckpointError(
+            f"{type(model).__name__} has no module {name}, which the checkpoint compresses"
+        ) from error
     owner.register_module(child, make(old))
 
 

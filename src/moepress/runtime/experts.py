@@ -70,4 +70,5 @@ class ExpertBank(nn.Module):
 
     def __getitem__(self, expert: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """For model code that holds its experts in a list and calls them one by one."""
-        return lambda x: self.run_expert(range(self.num_experts)[expert], x)
+        number = range(self.num_experts)[expert]  # IndexError past the end, which is what ends a `for`
+        return lambda x: self.run_expert(number, x)

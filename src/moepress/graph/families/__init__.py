@@ -24,7 +24,8 @@ FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for modul
 def family_of(model_type: object) -> Family:
     """The family of a config's `model_type`; CheckpointError lists the known ones otherwise."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
         raise CheckpointError(
-            f"config.json says model_type {model_type!r}, which moepress does not know; known: {', '.join(sorted(FAMILIES))}"
+            f"config.json says model_type {model_type!r}, which moepress does not know; known: {known}"
         )
     return FAMILIES[model_type]

@@ -7,6 +7,7 @@ Tokens are sorted by expert once; each expert that got any runs once on all of i
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
@@ -26,7 +27,7 @@ def run_experts(
     order = torch.argsort(ids, stable=True)
     # one transfer to the host for all experts; ids out of range sort to the ends and are cut off
     edges = torch.searchsorted(ids[order], torch.arange(num_experts + 1, device=ids.device)).tolist()
-    for e, (first, last) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for e, (first, last) in enumerate(pairwise(edges)):
         if first == last:
             continue
         chosen = order[first:last]
