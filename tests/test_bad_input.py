@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -214,7 +215,7 @@ def test_contradictory_ranks_of_a_spec_are_refused(values: dict[str, int], words
 def test_a_group_larger_than_the_input_names_the_weight_and_the_way_out(tiny: Tiny, tmp_path: Path) -> None:
     words = r"model\.layers\.0\..*in_features 64 is smaller than group_size 128; use --group-size 64"
     refuses(tiny("olmoe"), tmp_path / "target", PlanError, words, settings=Settings(method="hqq", group_size=128))
-    words = r"q_b_proj.*in_features 32 is smaller than group_size 64; use --group-size 32"
+    words = r"b_proj\.weight: in_features 32 is smaller than group_size 64; use --group-size 32"
     refuses(tiny("deepseek_v3"), tmp_path / "target", PlanError, words, settings=HQQ)
 
 
@@ -229,7 +230,8 @@ def test_an_input_smaller_than_any_group_can_only_be_kept(tiny: Tiny, tmp_path: 
 @pytest.mark.parametrize("pattern", ["experts", "attn.z", "*.nothing.*", ""])
 def test_a_pattern_that_keeps_nothing_is_refused(tiny: Tiny, tmp_path: Path, pattern: str) -> None:
     settings = Settings(method="hqq", keep=("attn", pattern))
-    refuses(tiny("olmoe"), tmp_path / "target", PlanError, f"--keep {pattern!r} matches no weight", settings=settings)
+    words = re.escape(f"--keep {pattern!r} matches no weight; give a name pattern")
+    refuses(tiny("olmoe"), tmp_path / "target", PlanError, words, settings=settings)
 
 
 def test_half_a_bank_cannot_be_kept(tiny: Tiny, tmp_path: Path) -> None:
@@ -298,7 +300,7 @@ def test_a_plan_that_keeps_everything_is_a_copy(tiny: Tiny, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("change", [
-    {"moepress_plan": 2}, {"moepress_plan": None}, {"source": None}, {"method": "gptq"}, {"method": ["hqq"]},
+    {"moepress_plan": 2}, {"moepress_plan": None}, {"refit": None}, {"refit": "x"}, {"method": "gptq"}, {"method": ["hqq"]},
     {"iterations": "many"}, {"iterations": float("inf")}, {"iterations": -1}, {"iterations": 10**9},
     {"iterations": None}, {"weights": None}, {"weights": []}, {"weights": "b3g64"}, {"weights": {"a": 5}},
     {"weights": {"a": "b9g64"}}, {"weights": {"a": "b3g64r0f0"}}, {"weights": {"a": "b3g64r4"}},
@@ -307,10 +309,7 @@ def test_a_plan_that_keeps_everything_is_a_copy(tiny: Tiny, tmp_path: Path) -> N
 def test_a_file_that_is_no_plan_is_refused(tiny: Tiny, change: dict[str, Any]) -> None:
     body = json.loads(moepress.plan_checkpoint(tiny("olmoe"), HQQ).to_json()) | change
     with pytest.raises(PlanError):
-        source = json.loads(json.dumps(body))
-        plan = Plan.from_json(json.dumps(body))
-        assert plan.source == source["source"] != "None"  # a source of null is read, and then fits no checkpoint
-        raise AssertionError("read")
+        Plan.from_json(json.dumps(body))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", "null", "[" * 100_000, "{}", '{"moepress_plan": 1}'])

@@ -56,7 +56,7 @@ def compress_checkpoint(
     Raises CheckpointError, PlanError or ResumeError with nothing published.
     """
     with open_source(source) as src:
-        plan = _resolve(src, settings, plan, frequencies or {}, progress)
+        plan = _resolve(src, settings, plan, frequencies or {}, device, progress)
         manifest = manifest_of(plan, src.graph)
         layout = layout_of(src, plan, manifest)
         fingerprint = _fingerprint(src, plan, device, progress)
@@ -88,11 +88,12 @@ def plan_checkpoint(
     settings: Settings,
     *,
     frequencies: Mapping[str, Sequence[float]] | None = None,
+    device: str | torch.device = "cpu",
     progress: Progress = silent,
 ) -> Plan:
     """The decisions that `compress_checkpoint` would take, with the exact bytes it would write in `notes`."""
     with open_source(source) as src:
-        plan = _resolve(src, settings, None, frequencies or {}, progress)
+        plan = _resolve(src, settings, None, frequencies or {}, device, progress)
         layout = layout_of(src, plan, manifest_of(plan, src.graph))
         notes = dict(plan.notes) | {"predicted": summarise(src, plan, layout)}
         return replace(plan, notes=notes)
@@ -109,12 +110,13 @@ def _resolve(
     settings: Settings | None,
     plan: Plan | None,
     frequencies: Mapping[str, Sequence[float]],
+    device: str | torch.device,
     progress: Progress,
 ) -> Plan:
     if (settings is None) == (plan is None):
         raise PlanError("give either settings or a plan")
     if settings is not None:
-        measured = measure_kurtosis(src, progress) if "kurtosis" in needs(settings.ranks) else {}
+        measured = measure_kurtosis(src, device, progress) if "kurtosis" in needs(settings.ranks) else {}
         return make_plan(src.graph, src.digest, settings, Evidence(measured, frequencies))
     assert plan is not None
     if plan.source != src.digest:
@@ -123,14 +125,15 @@ def _resolve(
     return plan
 
 
-def measure_kurtosis(src: Source, progress: Progress = silent) -> dict[str, float]:
+def measure_kurtosis(src: Source, device: str | torch.device = "cpu", progress: Progress = silent) -> dict[str, float]:
     """Excess kurtosis of every weight, by name; reads each once."""
     found = {}
     with progress("measuring kurtosis", sum(ref.numel for ref in src.graph.weights)) as advance:
         for ref in src.graph.weights:
-            weight = src.weight(ref)
+            weight = src.weight(ref).to(device)
             check_finite(ref.name, weight)
-            found[ref.name] = excess_kurtosis(weight)
+            # rounded, so that the device's order of sums cannot move a rank
+            found[ref.name] = round(excess_kurtosis(weight), 6)
             advance(ref.numel)
     return found
 

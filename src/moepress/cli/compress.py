@@ -45,13 +45,13 @@ Frequencies = Annotated[Path | None, typer.Option(help="Expert frequencies, as `
 def inspect(
     source: Folder,
     kurtosis: Annotated[bool, typer.Option(help="Read the weights and measure their kurtosis.")] = True,
-    device: Device = "cpu",
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """What is in a checkpoint: roles, shapes, bytes, kurtosis; what would be compressed and what not."""
-    pick_device(device)
+    chosen = pick_device(device)
     with open_source(source) as src:
-        measured = measure_kurtosis(src, console) if kurtosis else {}
+        measured = measure_kurtosis(src, chosen, console) if kurtosis else {}
         finish(json, show_inventory(src, measured))
 
 
@@ -65,11 +65,11 @@ def plan(
     frequencies: Frequencies = None, device: Device = "cpu", json: Json = False,
 ) -> None:  # fmt: skip
     """The decisions that `compress` would take, as a file to read, edit and pass to `compress --plan`."""
-    pick_device(device)
+    chosen = pick_device(device)
     asked = _asked(method, bits, group_size, factor_bits, iterations, refit)
     ranks = ranks_from(dense_rank, sparse_rank, rank_policy)
     settings, counts = _settle(source, preset, asked, ranks, keep, frequencies)
-    made = plan_checkpoint(source, settings, frequencies=counts, progress=console)
+    made = plan_checkpoint(source, settings, frequencies=counts, device=chosen, progress=console)
     write_text(output, made.to_json())
     show_plan(made)
     finish(json, {"plan": str(output), "settings": settings.as_dict(), **made.notes["predicted"]})

@@ -26,7 +26,7 @@ RECIPES = {
     "RTN": Settings(method="rtn"),
     "HQQ": Settings(method="hqq"),
     # the MiLo preset's proportions on a hidden size of 256; INT3 factors as in the paper
-    "MiLo": Settings(method="milo", ranks="dense-32+kurtosis-4", iterations=20),
+    "MiLo": Settings(method="milo", ranks="dense-32+kurtosis-4", iterations=10),
 }
 
 

@@ -153,10 +153,13 @@ def _linears_from_config(groups: Any) -> dict[str, LinearEntry]:
     linears: dict[str, LinearEntry] = {}
     for group in groups:
         entry = LinearEntry(WeightSpec.parse(group["spec"]), _shape(group["shape"]))
-        for name in group["names"]:
+        names = group["names"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{names!r:.60} is not a list of names")
+        for name in names:
             if name in linears:
                 raise ValueError(f"linear {name} is listed twice")
-            linears[str(name)] = entry
+            linears[name] = entry
     return linears
 
 

@@ -38,6 +38,8 @@ class WeightSpec:
     def __post_init__(self) -> None:
         _one_of("bits", self.bits, BITS)
         _one_of("group_size", self.group_size, GROUP_SIZES)
+        if type(self.rank) is not int:
+            raise PlanError(f"rank {self.rank!r} is not a whole number")
         if self.rank < 0:
             raise PlanError(f"rank {self.rank} is negative; use 0 for no compensator")
         if self.rank == 0 and self.factor_bits:
@@ -109,5 +111,6 @@ def check_shape(name: str, spec: WeightSpec, out_features: int, in_features: int
 
 
 def _one_of(field: str, value: int, allowed: tuple[int, ...]) -> None:
-    if value not in allowed:
+    # 3.0 and True are in (1, 2, 3), but 3.0 cannot be a width nor `True` a tag
+    if type(value) is not int or value not in allowed:
         raise PlanError(f"{field} {value} is not supported; choose one of {', '.join(map(str, allowed))}")

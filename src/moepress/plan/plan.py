@@ -57,12 +57,14 @@ class Plan:
             body = json.loads(text)
             if body["moepress_plan"] != PLAN_VERSION:
                 raise PlanError(f"plan version {body['moepress_plan']!r}; this moepress reads {PLAN_VERSION}")
+            if not isinstance(body["refit"], bool):
+                raise PlanError(f"plan: refit is {body['refit']!r}, neither true nor false")
             weights = {name: None if tag == KEEP else WeightSpec.parse(tag) for name, tag in body["weights"].items()}
             plan = cls(
                 str(body["source"]),
                 str(body["method"]),
                 int(body["iterations"]),
-                bool(body["refit"]),
+                body["refit"],
                 weights,
                 dict(body["notes"]),
             )

@@ -13,7 +13,7 @@ above the residuals of large models, but not of every small one. Where a bound p
 
 A group's iterates depend on no other group; only the stopping index does. So each chunk of rows runs all iterations
 while it is in cache, keeps its history of zeros and errors, and the zeros of the common stopping index are picked at
-the end.
+the end. On a GPU the iterations of a chunk are one Triton kernel (moepress.quantize.hqq_triton), where Triton is.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 
 from moepress.quantize.affine import AffineWeight, group_views, half, minmax, row_chunks, to_codes
+from moepress.quantize.hqq_triton import iterate_fused, why_not
 
 NORM = 0.7
 BETA = 10.0
@@ -76,6 +77,8 @@ def _iterate(
 
     `alone` says that these groups are the whole matrix, so that their error decides when to stop.
     """
+    if why_not(groups) is None:
+        return iterate_fused(groups, inverse, zero, 2**bits - 1, ITERATIONS, BETA, NORM)
     inert = _shrinkage_is_inert(groups, inverse)
     scaled = groups * inverse
     shifted, codes = torch.empty_like(scaled), torch.empty_like(scaled)
