@@ -10,14 +10,17 @@ import json
 import runpy
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 import yaml
 
+import moepress
 from moepress.errors import EvaluationError
 from moepress.evaluate.harness import main
+from moepress.evaluate.load import load_model
 from moepress.evaluate.tasks import load_task, run_task
 
 
@@ -129,3 +132,21 @@ def test_lm_eval_scores_a_local_task_as_we_do(offline, llama, tokenizer, write_r
     ours = run_task(model, tokenizer, load_task("piqa", data))
     assert ours.metrics == {"acc": figures["acc,none"], "acc_norm": figures["acc_norm,none"]}
     assert ours.stderr["acc"] == pytest.approx(figures["acc_stderr,none"])
+
+
+def test_lm_eval_loads_a_compressed_directory(offline, write_rows, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra moepress[eval])")
+    demo = Path(moepress.__file__).parent / "demo" / "model"
+    moepress.compress_checkpoint(demo, tmp_path / "model", moepress.Settings(method="rtn"))
+    goals = ["He opened the door and", "She was very", "The sea was", "It was a dark"]
+    data = write_rows(*({"goal": g, "sol1": "the old man.", "sol2": "a good deal.", "label": 0} for g in goals))
+    local_task(tmp_path / "tasks", data)
+
+    arguments = f"""--model hf --model_args pretrained={tmp_path}/model,dtype=float32 --device cpu
+        --tasks local_piqa --include_path {tmp_path}/tasks --batch_size 2 --output_path {tmp_path}/out"""
+    main(arguments.split())
+
+    (written,) = (tmp_path / "out").rglob("results_*.json")
+    figures = json.loads(written.read_text(encoding="utf-8"))["results"]["local_piqa"]
+    ours = run_task(*load_model(tmp_path / "model", torch.device("cpu")), load_task("piqa", data))
+    assert ours.metrics == {"acc": figures["acc,none"], "acc_norm": figures["acc_norm,none"]}
