@@ -5,6 +5,7 @@
 compressed folders.
 """
 
+import moepress.hf  # noqa: F401  (registers the format; nothing else may be relied on to do it)
 from moepress.errors import MoepressError
 from moepress.format.spec import WeightSpec
 from moepress.pipeline import compress_checkpoint, plan_checkpoint

@@ -12,7 +12,7 @@ every transformers 5 refuses to build the model and prints that name.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -63,8 +63,10 @@ class MoepressQuantizer(HfQuantizer):
         if checkpoint_files:
             _check_against_files(model, manifest, checkpoint_files, name_of)
         model.config.quantization_config = self.quantization_config
+        self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        _restore_dtypes(model, self._dtypes)
         # serialised with the config, so that a saved copy is guarded too
         model.config.experts_implementation = EXPERTS_GUARD
 
@@ -106,6 +108,18 @@ def _check_against_files(model: Any, manifest: Manifest, files: Any, name_of: Ca
     claims = {name: stored for name, stored in names.items() if name}
     check_claims(model, claims, ignored, merged)
     check_shapes(model, claims, found)
+
+
+def _restore_dtypes(model: Any, wanted: Mapping[str, torch.dtype]) -> None:
+    """Up to 5.17 transformers leaves a tensor whose name it changes in the files' dtype, whatever `dtype` says.
+
+    That is all of a base model, Mixtral's and GraniteMoE's routers, and experts that were kept.
+    """
+    kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        on_purpose = tensor.dtype == torch.float32 and any(part in name for part in kept)
+        if name in wanted and tensor.dtype != wanted[name] and not on_purpose:
+            tensor.data = tensor.data.to(wanted[name])
 
 
 def _full_precision_experts(experts: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

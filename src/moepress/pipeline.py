@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,9 +61,9 @@ def compress_checkpoint(
         manifest = manifest_of(plan, src.graph)
         layout = layout_of(src, plan, manifest)
         fingerprint = _fingerprint(src, plan, device, progress)
-        if resume and already_complete(Path(target), fingerprint):
+        if resume and (errors := already_complete(Path(target), fingerprint)) is not None:
             remove_work(Path(target))
-            return Result(plan, summarise(src, plan, layout), {}, len(src.graph.weights))
+            return Result(plan, summarise(src, plan, layout), errors, len(src.graph.weights))
         with CheckpointWriter(target, layout, fingerprint, resume=resume) as out:
             resumed = len(out.done)
             try:
@@ -203,6 +204,16 @@ def _layer_order(name: str) -> tuple[int, str]:
 
 
 def _fingerprint(src: Source, plan: Plan, device: str | torch.device, progress: Progress) -> dict[str, str]:
+    """What a resumed run must share with the one it continues, most telling first."""
+    specs = Counter(spec.tag if spec else "keep" for spec in plan.weights.values())
+    settings = {
+        "method": plan.method,
+        "weights": ", ".join(f"{count} x {tag}" for tag, count in specs.most_common(8)),
+        "iterations": str(plan.iterations),
+        "refit": str(plan.refit),
+        "device": torch.device(device).type,
+        "moepress": __version__,
+        "torch": torch.__version__,
+    }
     digests = {f"source file {name}": digest for name, digest in src.file_digests(progress).items()}
-    versions = {"moepress": __version__, "torch": torch.__version__}
-    return {**digests, "plan": plan.digest(), **versions, "device": torch.device(device).type}
+    return settings | digests | {"plan": plan.digest()}

@@ -8,12 +8,13 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moepress.checkpoint.layout import Layout
 from moepress.checkpoint.reader import CONFIG, INDEX, read_json
-from moepress.errors import CheckpointError
+from moepress.errors import ResumeError
 from moepress.format.manifest import Manifest
 from moepress.graph.view import WeightRef
 from moepress.hf import EXPERTS_GUARD
@@ -67,7 +68,8 @@ def target_files(
         "side_version": SIDE_VERSION,
         "fingerprint": dict(fingerprint),
         "summary": summary,
-        "plan": json.loads(plan.to_json()),
+        # without its notes: equal decisions give equal bytes, however they were asked for
+        "plan": json.loads(replace(plan, notes={}).to_json()),
         "errors": dict(errors),
         "files": {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in sorted(files.items())},
         "shards": {
@@ -84,15 +86,21 @@ def seal(side: Mapping[str, Any]) -> bytes:
     return _json({**side, "sha256": _sha256(_json(side))})
 
 
-def already_complete(target: Path, fingerprint: Mapping[str, str]) -> bool:
-    """Whether `target` is the finished result of just this run (a kill can come after the last rename)."""
+def already_complete(target: Path, fingerprint: Mapping[str, str]) -> dict[str, float] | None:
+    """The errors recorded in `target` if it is the finished result of just this run (a kill can come after the last
+    rename), None if there is no such folder. Raises ResumeError where it is the result of another run."""
     if not (target / SIDE_MANIFEST).exists():
-        return False
-    recorded = read_json(target / SIDE_MANIFEST).get("fingerprint")
-    if recorded != dict(fingerprint):
-        changed = [k for k, v in fingerprint.items() if not isinstance(recorded, dict) or recorded.get(k) != v]
-        raise CheckpointError(f"{target} exists and was made from other input ({changed[0]}); name another target")
-    return True
+        return None
+    side = read_json(target / SIDE_MANIFEST)
+    recorded = side.get("fingerprint")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    for key in [*fingerprint, *(key for key in recorded if key not in fingerprint)]:
+        if recorded.get(key) != fingerprint.get(key):
+            raise ResumeError(
+                f"{target} is the finished result of another run: {key} was {recorded.get(key)} and is now "
+                f"{fingerprint.get(key)}; name another target"
+            )
+    return dict(side.get("errors") or {})
 
 
 def _sizes(refs: list[WeightRef], plan: Plan) -> dict[str, Any]:
@@ -124,12 +132,12 @@ def _model_card(src: Source, plan: Plan, summary: Mapping[str, Any]) -> str:
         f"| {name} | {each['matrices']} | {each['bpw']:.3f} | {each['average_rank']:g} | {each['bytes']:,} |"
         for name, each in summary["groups"].items()
     )
-    settings = plan.notes.get("settings")
     return _CARD.format(
         license=f"license: {found.group(1)}\n" if found else "",
         base=json.dumps(base),
+        title=base,
         method=plan.method,
-        settings=f"`{json.dumps(settings)}`" if settings else "a plan edited by hand (see moepress.json)",
+        fitting=f", at most {plan.iterations} alternations" if plan.method == "milo" else "",
         rows=rows,
         **{key: summary[key] for key in ("bpw", "bpw_model", "tensor_bytes", "source_bytes")},
     )
@@ -144,9 +152,9 @@ tags:
 - quantized
 - mixture-of-experts
 ---
-# {base}, compressed by moepress
+# {title}, compressed by moepress
 
-Low-bit weights with low-rank compensators, method `{method}`. Load it with
+Low-bit weights with low-rank compensators, method `{method}`{fitting}. Load it with
 
 ```python
 import moepress  # registers the format; without it transformers refuses this folder
@@ -160,7 +168,8 @@ model = AutoModelForCausalLM.from_pretrained("PATH OF THIS FOLDER")
 {rows}
 
 Compressed weights take {bpw} bits each, scales, zeros and compensators counted; the whole model {bpw_model}
-({tensor_bytes:,} bytes, from {source_bytes:,}). Settings: {settings}. `moepress verify` checks this folder.
+({tensor_bytes:,} bytes, from {source_bytes:,}). moepress.json holds the whole plan, the error of each weight and the
+digests that `moepress verify` checks.
 """
 
 

@@ -18,7 +18,7 @@ from moepress.graph.view import WeightRef
 from moepress.plan.plan import Plan, check_plan, manifest_of
 from moepress.progress import Progress, silent
 from moepress.quantize.job import relative_error
-from moepress.report import SIDE_MANIFEST, seal
+from moepress.report import SIDE_MANIFEST, SIDE_VERSION, seal
 from moepress.source import Source, open_source
 
 
@@ -43,6 +43,10 @@ def verify_checkpoint(
     side = read_json(folder / SIDE_MANIFEST) if (folder / SIDE_MANIFEST).exists() else None
     if side is None:
         raise CheckpointError(f"{folder} has no {SIDE_MANIFEST}: not written by `moepress compress`, or it was lost")
+    if side.get("side_version") != SIDE_VERSION:
+        raise CheckpointError(
+            f"{SIDE_MANIFEST} has version {side.get('side_version')!r}, this moepress reads {SIDE_VERSION}; upgrade it"
+        )
     problems = _check_files(folder, side)
     with CheckpointReader(folder) as reader:
         manifest = Manifest.from_config(_section(reader.config, "quantization_config", CONFIG))

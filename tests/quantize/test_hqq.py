@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import pytest
 import torch
@@ -136,24 +135,35 @@ def by_the_book(group: torch.Tensor, bits: int, steps: int) -> tuple[torch.Tenso
     return (codes - zero) / inverse, errors
 
 
-def common_stop(groups: list[torch.Tensor], bits: int) -> int:
-    """How many updates groups that form one matrix get: up to the first that does not lower their summed error."""
+def possible_stops(groups: list[torch.Tensor], bits: int) -> set[int]:
+    """After how many updates groups that form one matrix stop: with the first that does not lower their summed error.
+
+    Two, where float32 noise decides whether an error is lower.
+    """
     errors = [sum(column) for column in zip(*(by_the_book(g, bits, ITERATIONS)[1] for g in groups), strict=True)]
-    # where two errors differ by float32 noise the stop is a matter of luck, and no test's business
-    assert all(abs(now - before) > 1e-5 * before or now == before for before, now in pairwise(errors)), errors
-    return next((i + 1 for i in range(1, ITERATIONS) if errors[i] >= errors[i - 1]), ITERATIONS)
+    return {
+        next((i + 1 for i in range(1, ITERATIONS) if errors[i] >= errors[i - 1] * slack), ITERATIONS)
+        for slack in (1 - 1e-6, 1 + 1e-6)
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize(("size", "seeds"), [(0.02, range(12)), (1.0, range(12))])
-def test_the_stop_is_after_the_first_update_that_does_not_help(size: float, seeds: range) -> None:
-    stops = set()
-    for seed in seeds:
-        group = size * torch.randn(64, generator=torch.Generator().manual_seed(seed))
-        stop = common_stop([group.double()], 2)
-        expected, _ = by_the_book(group.double(), 2, stop)
-        assert relative(dequantized(hqq("w", group.view(1, 64), 2, 64)).double().flatten(), expected) < CLOSE, seed
-        stops.add(stop)
-    assert len(stops) > 2 and min(stops) < 8, stops
+def off_the_book(weight: torch.Tensor, groups: list[torch.Tensor], bits: int, stop: int) -> float:
+    """Relative difference of `hqq` from a stop after `stop` updates."""
+    expected = torch.cat([by_the_book(group, bits, stop)[0] for group in groups]).view(weight.shape)
+    return relative(dequantized(hqq("w", weight, bits, 64)).double(), expected)
+
+
+@pytest.mark.parametrize("size", [0.02, 1.0])
+def test_the_stop_is_after_the_first_update_that_does_not_help(size: float) -> None:
+    early, elsewhere = 0, 0
+    for seed in range(16):
+        weight = size * torch.randn(1, 64, generator=torch.Generator().manual_seed(seed))
+        groups = [weight[0].double()]
+        stops = possible_stops(groups, 2)
+        assert min(off_the_book(weight, groups, 2, stop) for stop in stops) < CLOSE, seed
+        early += max(stops) < ITERATIONS
+        elsewhere += off_the_book(weight, groups, 2, ITERATIONS) > CLOSE
+    assert early and (elsewhere or size < 1), "these seeds tell no stop from another"
 
 
 def test_the_stop_is_common_to_the_whole_matrix() -> None:
@@ -237,10 +247,9 @@ def test_a_short_row_is_all_tail(gaussian: Gaussian) -> None:
 def test_a_ragged_weight_stops_as_one_matrix(gaussian: Gaussian) -> None:
     weight = gaussian(4, 96)
     groups = [group.double() for row in weight for group in (row[:64], row[64:])]
-    stop = common_stop(groups, 2)
-    expected = torch.cat([by_the_book(group, 2, stop)[0] for group in groups]).view(4, 96)
-    assert {common_stop([group], 2) for group in groups} != {stop}
-    assert relative(dequantized(hqq("w", weight, 2, 64)).double(), expected) < CLOSE
+    together = possible_stops(groups, 2)
+    assert {stop for group in groups for stop in possible_stops([group], 2)} - together
+    assert min(off_the_book(weight, groups, 2, stop) for stop in together) < CLOSE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

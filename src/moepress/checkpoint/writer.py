@@ -174,7 +174,7 @@ class CheckpointWriter:
                 f"{self.target} has an unfinished run ({len(lines) - 1} weights done); continue it with --resume "
                 f"or remove {self.work} to start over"
             )
-        changed = [key for key in sorted(fingerprint | recorded) if fingerprint.get(key) != recorded.get(key)]
+        changed = [key for key in fingerprint | recorded if fingerprint.get(key) != recorded.get(key)]
         if changed:
             values = "; ".join(f"{k} was {recorded.get(k)} and is now {fingerprint.get(k)}" for k in changed[:4])
             more = f" (and {len(changed) - 4} more)" if len(changed) > 4 else ""

@@ -58,11 +58,13 @@ def show_plan(plan: Plan, summary: Mapping[str, Any] | None = None) -> None:
         for name, e in summary["groups"].items()
     ]
     table(f"method {plan.method}", ("weights", "matrices", "count", "bits/weight", "mean rank", "bytes"), rows)
-    kept = sum(spec is None for spec in plan.weights.values())
-    asked = f"; {kept} weights kept as asked" if kept else ""
+    kept = [name for name, spec in plan.weights.items() if spec is None]
+    asked = f"; kept as asked: {len(kept)} weights ({kept[0]}, ...)" if kept else ""
     bpw = f"{summary['bpw']:.3f}" if summary["bpw"] else "no"
-    print(f"{bpw} bits per compressed weight, {summary['bpw_model']:.3f} per weight of the whole model; "
-          f"{mebibytes(summary['file_bytes'])} from {mebibytes(summary['source_bytes'])}{asked}")  # fmt: skip
+    print(f"coverage: {summary['compressed_weights'] / summary['parameters']:.1%} of {summary['parameters']:,} "
+          f"parameters compressed{asked}")  # fmt: skip
+    print(f"{bpw} bits per compressed weight, {summary['bpw_model']:.3f} per parameter of the whole model; "
+          f"{mebibytes(summary['file_bytes'])} from {mebibytes(summary['source_bytes'])}")  # fmt: skip
 
 
 def show_errors(errors: Mapping[str, float]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moepress.errors import CheckpointError
-from moepress.format.spec import PROJECTIONS, WeightSpec
+from moepress.format.spec import PROJECTIONS, WeightSpec, check_shape
 
 QUANT_METHOD = "moepress"
 FORMAT_VERSION = 1
@@ -98,9 +98,10 @@ class Manifest:
         """Raises CheckpointError for another method, a newer format or a description that contradicts itself."""
         if config.get("quant_method") != QUANT_METHOD:
             raise CheckpointError(f"quant_method is {config.get('quant_method')!r}, not {QUANT_METHOD!r}")
-        if config.get("format_version") != FORMAT_VERSION:
+        version = config.get("format_version")
+        if type(version) is not int or version != FORMAT_VERSION:
             raise CheckpointError(
-                f"format_version is {config.get('format_version')!r} and this moepress reads {FORMAT_VERSION}; "
+                f"format_version is {version!r} and this moepress reads {FORMAT_VERSION}; "
                 "upgrade moepress or compress the source again"
             )
         try:
@@ -159,6 +160,7 @@ def _linears_from_config(groups: Any) -> dict[str, LinearEntry]:
         for name in names:
             if name in linears:
                 raise ValueError(f"linear {name} is listed twice")
+            check_shape(name, entry.spec, *entry.shape)
             linears[name] = entry
     return linears
 
@@ -168,10 +170,12 @@ def _banks_from_config(banks: Any) -> dict[str, BankEntry]:
     for name, bank in banks.items():
         count = _positive(bank["num_experts"], below=MAX_EXPERTS)
         gate_up, down = bank["gate_up"], bank["down"]
-        out[str(name)] = BankEntry(
+        out[str(name)] = entry = BankEntry(
             _shape(gate_up["shape"]), _shape(down["shape"]),
             _specs(name, gate_up["experts"], count), _specs(name, down["experts"], count),
         )  # fmt: skip
+        for projection, tag, _ in bank_buckets(entry):
+            check_shape(f"{name}.{projection}", WeightSpec.parse(tag), *entry.shape(projection))
     return out
 
 

@@ -17,8 +17,6 @@ from moepress.quantize.hqq import hqq
 from moepress.quantize.milo import milo
 from moepress.quantize.rtn import rtn
 
-METHODS = ("rtn", "hqq", "milo")
-
 
 @dataclass(frozen=True)
 class CompressedWeight:
@@ -42,7 +40,7 @@ def compress_weight(
         base, alternations = fitted.base, len(fitted.residual_norms) - 1
         parts = quantize_factors(name, fitted.residual, fitted.u, fitted.v, spec.factor_bits, refit)
     else:
-        solve = rtn if method == "rtn" else hqq
+        solve = {"rtn": rtn, "hqq": hqq, "milo": hqq}[method]
         base, parts, alternations = solve(name, weight, spec.bits, spec.group_size), {}, 0
     packed = pack_codes(base.codes, spec.bits)
     parts = {"packed": packed, "scale": base.scale, "zero": base.zero, **parts}

@@ -66,4 +66,4 @@ def _has_settled(norms: list[float]) -> bool:
     if len(norms) <= WINDOW:
         return False
     before, now = sum(norms[-WINDOW - 1 : -1]), sum(norms[-WINDOW:])
-    return before - now < TOLERANCE * before
+    return before - now <= TOLERANCE * before  # with equality, so that a residual of zero has settled
