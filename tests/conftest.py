@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from tiny import tiny_checkpoint
 
 import moepress
+from tiny import tiny_checkpoint
 
 settings.register_profile(
     "moepress",

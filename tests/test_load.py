@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import EXPERTS, NATIVE, edit_json, edit_tensors, read_all, tiny_checkpoint, tokens
 from transformers import AutoModel, AutoModelForCausalLM
 
 import moepress
@@ -33,6 +32,7 @@ from moepress.runtime.linear import CompressedLinear
 from moepress.runtime.stored import StoredParts
 from moepress.source import open_source
 from moepress.verify import load_parts
+from tiny import EXPERTS, NATIVE, edit_json, edit_tensors, read_all, tiny_checkpoint, tokens
 
 Pressed = Callable[[str, str], tuple[Path, Path]]
 CLOSE = 1e-5
@@ -204,7 +204,8 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [
-    ("expert",), ("attn",), ("shared", "mlp"), ("*layers.1.*expert*",), ("*layers.0.*",), ("*.q_proj.weight", "attn.q_b"),
+    ("expert",), ("attn",), ("shared", "mlp"), ("*layers.1.*expert*",), ("*layers.0.*",),
+    ("*.q_proj.weight", "attn.q_b"),
 ])  # fmt: skip
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "glm4_moe", "granitemoe"])
 def test_kept_weights_load_beside_compressed_ones(
@@ -275,7 +276,7 @@ PLAIN = """
 
 def test_without_moepress_transformers_refuses_and_says_what_to_install(folders: Pressed, tmp_path: Path) -> None:
     paths = []
-    for family in NATIVE:
+    for family in ("mixtral", "qwen3_moe", "deepseek_v3", "granitemoe"):
         target = folders(family, "hqq")[1]
         load(target).save_pretrained(tmp_path / family)
         paths += [str(target), str(tmp_path / family)]
@@ -373,7 +374,7 @@ def test_an_unclaimed_tensor_is_named(folders: Pressed, tmp_path: Path, name: st
 @pytest.mark.parametrize(("values", "words"), [
     ({"moe_intermediate_size": 96}, r"model\.layers\.1\.mlp\.experts.*96.*64"),
     ({"num_experts": 5}, r"model\.layers\.1\.mlp\.experts.*\(5, .*\(4, "),
-    ({"shared_expert_intermediate_size": 64}, r"shared_expert\..*_proj is \(64, 64\).*\(96, 64\)|\(64, 64\).*\(64, 96\)"),
+    ({"shared_expert_intermediate_size": 64}, r"shared_expert\..*_proj is \(64, 64\).*\((96, 64|64, 96)\)"),
     ({"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}, r"layers\.2\."),
     ({"vocab_size": 97}, r"model\.embed_tokens\.weight|lm_head\.weight"),
 ])  # fmt: skip

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import FAMILIES, fingerprint, left_behind
 
 import moepress
 from moepress.checkpoint.writer import work_folder
 from moepress.errors import CheckpointError, ResumeError
+from tiny import FAMILIES, fingerprint, left_behind
 
 Tiny = Callable[..., Path]
 MANY = {"num_experts": 32, "num_hidden_layers": 3, "intermediate_size": 64}
@@ -171,6 +171,7 @@ def test_resuming_a_complete_target_does_nothing(
     again = moepress.compress_checkpoint(source, target, SETTINGS, resume=True)
     assert {path.name: path.stat().st_mtime_ns for path in target.iterdir()} == times
     assert again.summary == first.summary
+    assert again.errors == first.errors
     assert again.resumed == len(first.plan.weights)
     assert fingerprint(target) == undisturbed[0]
 
@@ -179,7 +180,7 @@ def test_a_complete_target_of_other_settings_is_not_taken_for_this_run(source: P
     target = tmp_path / "target"
     moepress.compress_checkpoint(source, target, moepress.Settings(method="hqq", bits=2))
     before = fingerprint(target)
-    with pytest.raises(moepress.MoepressError, match="exists and was made from other input"):
+    with pytest.raises(ResumeError, match=r"finished result of another run: .*b2g64.*b4g64.*name another target"):
         moepress.compress_checkpoint(source, target, moepress.Settings(method="hqq", bits=4), resume=True)
     assert fingerprint(target) == before
 

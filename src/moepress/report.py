@@ -100,7 +100,8 @@ def already_complete(target: Path, fingerprint: Mapping[str, str]) -> dict[str, 
                 f"{target} is the finished result of another run: {key} was {recorded.get(key)} and is now "
                 f"{fingerprint.get(key)}; name another target"
             )
-    return dict(side.get("errors") or {})
+    errors = side.get("errors")
+    return errors if isinstance(errors, dict) else {}
 
 
 def _sizes(refs: list[WeightRef], plan: Plan) -> dict[str, Any]:

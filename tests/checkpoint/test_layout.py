@@ -130,7 +130,7 @@ def test_one_shard_has_no_index_and_several_have_one() -> None:
 
 
 def test_a_tensor_larger_than_a_shard_is_named() -> None:
-    with pytest.raises(PlanError, match="big takes 20[0-9]+ bytes and a shard holds at most 1500"):
+    with pytest.raises(PlanError, match=r"big takes 20[0-9]+ bytes and a shard holds at most 1500"):
         lay_out({"small": ("U8", (10,)), "big": ("F16", (10, 1000))}, 1500)
 
 

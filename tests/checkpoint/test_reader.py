@@ -15,12 +15,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tiny import edit_json, edit_tensors, read_all, tiny_checkpoint, write_shards
 
 from moepress.checkpoint.fp8 import block_size, dequantize_blocks
 from moepress.checkpoint.reader import CONFIG, INDEX, SINGLE, CheckpointReader
 from moepress.errors import CheckpointError
 from moepress.source import open_source
+from tiny import edit_json, edit_tensors, read_all, tiny_checkpoint, write_shards
 
 Tiny = Callable[..., Path]
 Copy = Callable[[Path], Path]

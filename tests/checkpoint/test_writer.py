@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import fingerprint as bytes_of
 
 from moepress.checkpoint import writer
 from moepress.checkpoint.layout import Layout, lay_out
 from moepress.checkpoint.writer import CheckpointWriter, work_folder
 from moepress.errors import CheckpointError, ResumeError, WriteError
+from tiny import fingerprint as bytes_of
 
 RUN = {"source file a": "1234", "plan": "abcd"}
 JOBS = 12
@@ -104,9 +104,14 @@ def test_the_target_appears_complete_and_nothing_else_stays(tmp_path: Path) -> N
 
 def test_leaving_early_publishes_nothing_and_keeps_the_work(tmp_path: Path, undisturbed: dict[str, str]) -> None:
     target = tmp_path / "target"
-    with pytest.raises(KeyboardInterrupt), CheckpointWriter(target, layout(), RUN) as out:
-        fill(out, 5)
-        raise KeyboardInterrupt
+
+    def run() -> None:
+        with CheckpointWriter(target, layout(), RUN) as out:
+            fill(out, 5)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
     assert not target.exists()
     assert len(finish(target, resume=True)) == len(list(jobs())) - 5
     assert bytes_of(target) == undisturbed
@@ -130,14 +135,12 @@ def test_an_existing_target_is_refused_before_anything_is_written(tmp_path: Path
 
 def test_a_target_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     target = tmp_path / "target"
-    with (
-        pytest.raises(CheckpointError, match="target exists"),
-        CheckpointWriter(target, layout(), RUN) as out,
-    ):
+    with CheckpointWriter(target, layout(), RUN) as out:
         fill(out)
         target.mkdir()
         (target / "precious").touch()
-        out.publish()
+        with pytest.raises(CheckpointError, match="target exists"):
+            out.publish()
     assert [path.name for path in target.iterdir()] == ["precious"]
 
 

@@ -9,6 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
+import moepress
+from moepress.errors import CheckpointError
+from moepress.graph.families import FAMILIES as TABLES
+from moepress.graph.families import family_of
+from moepress.graph.view import build_graph
+from moepress.source import open_source
 from tiny import (
     EXPERTS,
     FAMILIES,
@@ -21,14 +29,6 @@ from tiny import (
     read_all,
     tokens,
 )
-from transformers import AutoModelForCausalLM
-
-import moepress
-from moepress.errors import CheckpointError
-from moepress.graph.families import FAMILIES as TABLES
-from moepress.graph.families import family_of
-from moepress.graph.view import build_graph
-from moepress.source import open_source
 
 Tiny = Callable[..., Path]
 
@@ -247,7 +247,7 @@ def test_a_weight_without_rows_or_columns_is_an_error(
 
 def test_a_scale_without_its_matrix_is_an_error(tiny: Tiny) -> None:
     name = "model.layers.1.self_attn.odd_proj.weight_scale_inv"
-    with pytest.raises(CheckpointError, match="odd_proj.weight_scale_inv has no tensor to scale"):
+    with pytest.raises(CheckpointError, match=r"odd_proj\.weight_scale_inv has no tensor to scale"):
         build_graph(family_of("deepseek_v3"), headers(tiny("deepseek_v3")) | {name: ("F32", (1, 1))})
 
 
@@ -256,7 +256,7 @@ def test_a_layer_that_the_config_counts_but_no_file_holds_is_an_error(
 ) -> None:
     folder = copy_of(tiny("olmoe"))
     edit_json(folder / "config.json", num_hidden_layers=3)
-    with pytest.raises(CheckpointError, match="3 layers.*layer 2"), open_source(folder):
+    with pytest.raises(CheckpointError, match=r"3 layers.*layer 2"), open_source(folder):
         pass
 
 

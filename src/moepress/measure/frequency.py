@@ -43,19 +43,26 @@ def read_frequencies(path: Path, graph: ModelGraph) -> dict[str, list[float]]:
     """Bank name -> counts, from our file or from a bare list of lists in layer order, as MiLo's code has it."""
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{path} is not readable JSON: {error}") from error
-    names = list(dict.fromkeys(ref.bank for ref in graph.weights if ref.bank is not None))
+    experts: dict[str, int] = {}
+    for ref in graph.weights:
+        if ref.bank is not None and ref.expert is not None:
+            experts[ref.bank] = max(experts.get(ref.bank, 0), ref.expert + 1)
+    names = list(experts)
     banks = body.get("banks") if isinstance(body, dict) else body
     if isinstance(banks, list):
         if len(banks) != len(names):
             raise PlanError(f"{path} lists {len(banks)} layers, the source has {len(names)} layers with experts")
         banks = dict(zip(names, banks, strict=True))
     if not isinstance(banks, dict) or set(banks) != set(names):
-        raise PlanError(f"{path} does not describe the {len(names)} expert layers of this source ({names[0]}, ...)")
+        raise PlanError(f"{path} does not describe the {len(names)} expert layers of this source ({', '.join(names[:1])}, ...)")
     for name, counts in banks.items():
-        if not isinstance(counts, list) or not all(isinstance(c, int | float) and c >= 0 for c in counts):
+        # the upper bound keeps out Infinity, which Python reads as JSON, and sums that overflow
+        if not isinstance(counts, list) or not all(isinstance(c, int | float) and 0 <= c < 2**63 for c in counts):
             raise PlanError(f"{path}: the frequencies of {name} are not a list of numbers of at least 0")
+        if len(counts) != experts[name]:
+            raise PlanError(f"{path} has {len(counts)} frequencies for {name}, which has {experts[name]} experts")
     return banks
 
 

@@ -95,7 +95,7 @@ def distribute(scores: Sequence[float], caps: Sequence[int], costs: Sequence[int
     """Whole ranks in proportion to `scores`, each at most its cap, whose summed `rank * cost` is at most `budget`.
 
     The largest multiplier that fits is found by bisection, and what is left goes one rank at a time to the largest
-    remainders. A larger budget never lowers the total.
+    remainders. A larger budget never spends less.
     """
 
     def at(level: float) -> list[int]:
@@ -112,8 +112,11 @@ def distribute(scores: Sequence[float], caps: Sequence[int], costs: Sequence[int
         low, high = (middle, high) if spent(at(middle)) <= budget else (low, middle)
     ranks = at(low)
     left = budget - spent(ranks)
-    remainder = sorted(range(len(scores)), key=lambda i: (ranks[i] - low * scores[i], i))
-    for i in remainder:
+    # ties are broken by what the items are, so that their order does not matter
+    def remainder(i: int) -> tuple[float, float, int, int]:
+        return ranks[i] - low * scores[i], -scores[i], costs[i], -caps[i]
+
+    for i in sorted(range(len(scores)), key=remainder):
         if ranks[i] < caps[i] and costs[i] <= left:
             ranks[i] += 1
             left -= costs[i]
@@ -145,7 +148,8 @@ def _kurtosis(
     caps = [min(min(ref.shape) for ref in unit) for unit in units]
     # a rank's cost in bits of codes, whole numbers; scales cost in proportion
     costs = [sum(sum(ref.shape) for ref in unit) * factor_bits for unit in units]
-    ranks = distribute(scores, caps, costs, int(amount * sum(costs)))
+    budget = int(sum(min(amount, cap) * cost for cap, cost in zip(caps, costs, strict=True)))
+    ranks = distribute(scores, caps, costs, budget)
     return {ref.name: rank for unit, rank in zip(units, ranks, strict=True) for ref in unit}
 
 
