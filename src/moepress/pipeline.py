@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from moepress.plan.plan import Plan, check_plan, make_plan, manifest_of
 from moepress.plan.ranks import Evidence, needs
 from moepress.plan.settings import Settings
 from moepress.progress import Progress, silent
-from moepress.quantize.job import check_finite, compress_weight
+from moepress.quantize.job import CompressedWeight, check_finite, compress_weight
+from moepress.quantize.parallel import run_jobs
 from moepress.report import already_complete, summarise, target_files
 from moepress.source import Source, open_source
 from moepress.version import __version__
@@ -140,22 +142,22 @@ def measure_kurtosis(src: Source, device: str | torch.device = "cpu", progress: 
 
 
 def _compress_weights(
-    src: Source,
-    plan: Plan,
-    manifest: Manifest,
-    out: CheckpointWriter,
-    device: str | torch.device,
-    progress: Progress,
+    src: Source, plan: Plan, manifest: Manifest, out: CheckpointWriter, device: str | torch.device, progress: Progress
 ) -> None:
     slots = _slots(manifest)
-    with progress("compressing", sum(ref.numel for ref in src.graph.weights)) as advance:
-        for ref in src.graph.weights:
-            spec = plan.weights[ref.name]
-            if spec is not None and ref.name not in out.done:
-                weight = src.weight(ref).to(device)
-                done = compress_weight(ref.name, weight, spec, plan.method, plan.iterations, plan.refit)
-                pieces = _pieces(ref, done.parts, slots)
-                out.put(ref.name, pieces, {"error": round(done.error, 6), "alternations": done.alternations})
+    open_refs = [ref for ref in src.graph.weights if plan.weights[ref.name] and ref.name not in out.done]
+
+    def job(ref: WeightRef) -> CompressedWeight:
+        spec = plan.weights[ref.name]
+        assert spec is not None, f"{ref.name} is kept and has no job"
+        weight = src.weight(ref).to(device)
+        return compress_weight(ref.name, weight, spec, plan.method, plan.iterations, plan.refit)
+
+    with progress("compressing", sum(ref.numel for ref in open_refs)) as advance:
+        jobs = (partial(job, ref) for ref in open_refs)
+        for ref, done in zip(open_refs, run_jobs(jobs, torch.device(device)), strict=True):
+            info = {"error": round(done.error, 6), "alternations": done.alternations}
+            out.put(ref.name, _pieces(ref, done.parts, slots), info)
             advance(ref.numel)
 
 

@@ -56,7 +56,9 @@ def read_frequencies(path: Path, graph: ModelGraph) -> dict[str, list[float]]:
             raise PlanError(f"{path} lists {len(banks)} layers, the source has {len(names)} layers with experts")
         banks = dict(zip(names, banks, strict=True))
     if not isinstance(banks, dict) or set(banks) != set(names):
-        raise PlanError(f"{path} does not describe the {len(names)} expert layers of this source ({', '.join(names[:1])}, ...)")
+        raise PlanError(
+            f"{path} does not describe the {len(names)} expert layers of this source ({', '.join(names[:1])}, ...)"
+        )
     for name, counts in banks.items():
         # the upper bound keeps out Infinity, which Python reads as JSON, and sums that overflow
         if not isinstance(counts, list) or not all(isinstance(c, int | float) and 0 <= c < 2**63 for c in counts):

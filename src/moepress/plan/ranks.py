@@ -112,6 +112,7 @@ def distribute(scores: Sequence[float], caps: Sequence[int], costs: Sequence[int
         low, high = (middle, high) if spent(at(middle)) <= budget else (low, middle)
     ranks = at(low)
     left = budget - spent(ranks)
+
     # ties are broken by what the items are, so that their order does not matter
     def remainder(i: int) -> tuple[float, float, int, int]:
         return ranks[i] - low * scores[i], -scores[i], costs[i], -caps[i]
