@@ -20,5 +20,12 @@ def weight_specs(draw: st.DrawFn, max_rank: int = 999_999) -> WeightSpec:
     )
 
 
+def shapes_for(*specs: WeightSpec) -> st.SearchStrategy[tuple[int, int]]:
+    """Shapes (N, K) that every one of the specs can be applied to."""
+    rank = max(spec.rank for spec in specs)
+    group_size = max(spec.group_size for spec in specs)
+    return st.tuples(st.integers(max(rank, 1), 2**20), st.integers(max(rank, group_size), 2**20))
+
+
 module_names = st.text("abcdefghijklmnopqrstuvwxyz0123456789_.é", min_size=1, max_size=30)
 sides = st.integers(1, 2**20)

@@ -301,7 +301,8 @@ def test_a_plan_that_keeps_everything_is_a_copy(tiny: Tiny, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("change", [
     {"moepress_plan": 2}, {"moepress_plan": None}, {"refit": None}, {"refit": "x"}, {"method": "gptq"},
-    {"method": ["hqq"]},    {"iterations": "many"}, {"iterations": float("inf")}, {"iterations": -1}, {"iterations": 10**9},
+    {"method": ["hqq"]}, {"iterations": "many"}, {"iterations": float("inf")}, {"iterations": -1},
+    {"iterations": 10**9},
     {"iterations": None}, {"weights": None}, {"weights": []}, {"weights": "b3g64"}, {"weights": {"a": 5}},
     {"weights": {"a": "b9g64"}}, {"weights": {"a": "b3g64r0f0"}}, {"weights": {"a": "b3g64r4"}},
     {"weights": {"a": "b03g64"}}, {"weights": {"a": "b٣g64"}}, {"notes": 5}, {"notes": None}, {"notes": ["x"]},

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moepress.checkpoint.layout import Layout, lay_out
-from moepress.checkpoint.writer import CheckpointWriter, Piece, remove_work
+from moepress.checkpoint.writer import CheckpointWriter, Piece, refuse_existing, remove_work
 from moepress.errors import CheckpointError, PlanError, WriteError
 from moepress.format.manifest import BankEntry, Manifest
 from moepress.graph.view import WeightRef
@@ -58,6 +58,8 @@ def compress_checkpoint(
     target appears only when it is complete; `resume` continues a run that was cut off and ends in the same bytes.
     Raises CheckpointError, PlanError or ResumeError with nothing published.
     """
+    if not resume:
+        refuse_existing(Path(target))  # before the source is measured and hashed, which can take minutes
     with open_source(source) as src:
         plan = _resolve(src, settings, plan, frequencies or {}, device, progress)
         manifest = manifest_of(plan, src.graph)

@@ -98,7 +98,7 @@ def test_codes_need_not_be_contiguous(bits: int) -> None:
 
 
 def test_other_dtypes_and_lengths_are_refused() -> None:
-    with pytest.raises(AssertionError, match="uint8, got torch.int64"):
+    with pytest.raises(AssertionError, match=r"uint8, got torch\.int64"):
         pack_codes(torch.zeros(8, dtype=torch.long), 3)
     with pytest.raises(AssertionError, match="9 codes of 3 bits take 4 bytes, got 3"):
         unpack_codes(torch.zeros(3, dtype=torch.uint8), 3, 9)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import sides, weight_specs
 
 from moepress.errors import PlanError
 from moepress.format.spec import BITS, FACTOR_BITS, GROUP_SIZES, ITEM_BYTES, WeightSpec, check_shape, packed_bytes
 from moepress.quantize.job import compress_weight
+from strategies import sides, weight_specs
 
 DTYPES = {"U8": torch.uint8, "F16": torch.float16}
 
@@ -35,8 +35,9 @@ def test_tags_read_as_documented() -> None:
 
 @pytest.mark.parametrize(
     "tag",
-    ["", "b3", "g64", "b3g64 ", " b3g64", "B3g64", "b03g64", "b3g064", "b3g64r0f3", "b3g64r16", "b3g64f3", "b3g64r016f3",
-     "b3g64r16f03", "b7g64", "b3g63", "b3g64r16f5", "b-3g64", "b3.0g64", "b3g64r16f3x", "b٣g64", "b3g64\n", None, 3, []],
+    ["", "b3", "g64", "b3g64 ", " b3g64", "B3g64", "b03g64", "b3g064", "b3g64r0f3", "b3g64r16", "b3g64f3", "b7g64",
+     "b3g64r016f3", "b3g64r16f03", "b3g63", "b3g64r16f5", "b-3g64", "b3.0g64", "b3g64r16f3x", "b٣g64", "b3g64\n",
+     None, 3, []],
 )  # fmt: skip
 def test_no_other_text_is_a_tag(tag: object) -> None:
     with pytest.raises(PlanError):

@@ -92,7 +92,9 @@ def test_against_float64(
 def test_both_terms_of_the_test_data_matter() -> None:
     for spec in SPECS:
         weight = dequantize(random_parts(spec, 48, 256, "cpu"), spec, 48, 256)
-        base = dequantize(random_parts(spec, 48, 256, "cpu"), WeightSpec(bits=spec.bits, group_size=spec.group_size), 48, 256)
+        base = dequantize(
+            random_parts(spec, 48, 256, "cpu"), WeightSpec(bits=spec.bits, group_size=spec.group_size), 48, 256
+        )
         if spec.rank:
             assert 0.3 < (weight - base).norm() / base.norm() < 3, spec.tag
         assert base.mean().abs() < base.std(), spec.tag

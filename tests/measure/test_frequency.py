@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import EXPERTS, LAYERS, VOCABULARY
 from transformers import AutoModelForCausalLM
 
 from moepress.errors import PlanError
 from moepress.measure.frequency import profile_frequencies, read_frequencies
 from moepress.source import Source, open_source
+from tiny import EXPERTS, LAYERS, VOCABULARY
 
 Tiny = Callable[..., Path]
 TEXT = "".join(chr(33 + 7 * i * i % 90) for i in range(50))
@@ -136,7 +136,10 @@ ONE = next(iter(BANKS))
         ([], "lists 0 layers"),
         ("3", "does not describe the 2 expert layers of this source"),
         ({}, "does not describe the 2 expert layers"),
-        ({"banks": {ONE: [1, 2, 3, 4]}}, r"does not describe .* \(model\.layers\.0\.block_sparse_moe\.experts, \.\.\.\)"),
+        (
+            {"banks": {ONE: [1, 2, 3, 4]}},
+            r"does not describe .* \(model\.layers\.0\.block_sparse_moe\.experts, \.\.\.\)",
+        ),
         ({"banks": BANKS | {"model.layers.9.block_sparse_moe.experts": [1]}}, "does not describe"),
         ({"banks": BANKS | {ONE: [1, 2, 3, -1]}}, f"frequencies of {ONE} are not a list of numbers of at least 0"),
         ({"banks": BANKS | {ONE: [1, 2, 3, "4"]}}, "are not a list of numbers"),
@@ -154,5 +157,5 @@ def test_files_that_do_not_fit_are_refused(body: Any, message: str, tmp_path: Pa
 
 
 def test_a_missing_file_is_told(tmp_path: Path, source: Source) -> None:
-    with pytest.raises(PlanError, match="nowhere.json is not readable JSON"):
+    with pytest.raises(PlanError, match=r"nowhere\.json is not readable JSON"):
         read_frequencies(tmp_path / "nowhere.json", source.graph)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import weight_specs
 
 from moepress.errors import PlanError
 from moepress.format.spec import WeightSpec
@@ -19,6 +18,7 @@ from moepress.graph.view import ROUTED, ModelGraph
 from moepress.plan.plan import Plan, check_plan, make_plan, manifest_of, source_digest
 from moepress.plan.ranks import Evidence
 from moepress.plan.settings import MAX_ITERATIONS, METHODS, Settings
+from strategies import weight_specs
 
 Mixtral = Callable[..., ModelGraph]
 HQQ = Settings(method="hqq")
@@ -169,7 +169,7 @@ def test_a_plan_must_decide_every_weight_and_no_other(mixtral: Mixtral) -> None:
         check_plan(replace(plan, weights={name: plan.weights[name] for name in rest}), graph)
     with pytest.raises(PlanError, match=r"says nothing of .*, .*, .* and \d+ more"):
         check_plan(replace(plan, weights={}), graph)
-    with pytest.raises(PlanError, match="names lm_head.weight, which the source does not have"):
+    with pytest.raises(PlanError, match=r"names lm_head\.weight, which the source does not have"):
         check_plan(replace(plan, weights={**plan.weights, "lm_head.weight": None}), graph)
 
 
@@ -226,7 +226,8 @@ def test_the_source_digest_is_of_names_dtypes_and_shapes() -> None:
     digest = source_digest("mixtral", tensors)
     assert digest == source_digest("mixtral", dict(reversed(tensors.items())))
     for model_type, other in [
-        ("olmoe", tensors), ("mixtral", tensors | {"a": ("F16", (2, 3))}), ("mixtral", tensors | {"a": ("BF16", (3, 2))}),
+        ("olmoe", tensors),
+        ("mixtral", tensors | {"a": ("F16", (2, 3))}), ("mixtral", tensors | {"a": ("BF16", (3, 2))}),
         ("mixtral", {"a": tensors["a"], "c": tensors["b"]}), ("mixtral", {"a": tensors["a"]}),
     ]:  # fmt: skip
         assert source_digest(model_type, other) != digest

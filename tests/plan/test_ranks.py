@@ -97,8 +97,10 @@ def test_needs_names_the_evidence() -> None:
 
 def test_flat_terms_reach_their_groups(mixtral: Mixtral) -> None:
     graph = mixtral()
-    for policy, dense, sparse in [("uniform-7", 7, 7), ("dense-7", 7, 0), ("sparse-7", 0, 7), ("dense-7+sparse-3", 7, 3),
-                                  ("uniform-2+dense-3+dense-4", 9, 2)]:  # fmt: skip
+    for policy, dense, sparse in [
+        ("uniform-7", 7, 7), ("dense-7", 7, 0), ("sparse-7", 0, 7), ("dense-7+sparse-3", 7, 3),
+        ("uniform-2+dense-3+dense-4", 9, 2),
+    ]:  # fmt: skip
         ranks = assign(graph, policy)
         assert ranks == {ref.name: sparse if ref.group == ROUTED else dense for ref in graph.weights}, policy
 
@@ -179,7 +181,7 @@ def test_missing_evidence_is_told_with_the_way_to_get_it(mixtral: Mixtral) -> No
     with pytest.raises(PlanError, match="2 frequencies summing to 3 do not cover expert 2"):
         assign(graph, "frequency-8", frequency=short)
     with pytest.raises(PlanError, match="summing to 0"):
-        assign(graph, "frequency-8", frequency=dict.fromkeys(short, [0, 0, 0, 0]))
+        assign(graph, "frequency-8", frequency={bank: [0, 0, 0, 0] for bank in short})
 
 
 # the general kurtosis policy

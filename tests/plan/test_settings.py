@@ -61,7 +61,10 @@ def test_an_unknown_preset_is_told_with_the_known() -> None:
         ({"ranks": "dense-8", "iterations": -1}, "iterations -1 is not between 0 and 1000"),
         ({"ranks": "dense-8", "iterations": 1001}, "iterations 1001 is not between 0 and 1000"),
         ({"ranks": "dense-8+nonsense"}, "rank policy 'nonsense' is not understood"),
-        ({"method": "rtn", "ranks": "dense-8"}, "method rtn has no compensators, but ranks are dense-8; use --method milo"),
+        (
+            {"method": "rtn", "ranks": "dense-8"},
+            "method rtn has no compensators, but ranks are dense-8; use --method milo",
+        ),
         ({"method": "hqq", "ranks": "uniform-0+kurtosis-1"}, "method hqq has no compensators"),
         ({}, r"method milo without ranks \(uniform-0\) is method hqq"),
         ({"ranks": "dense-0+frequency-0"}, "method milo without ranks"),

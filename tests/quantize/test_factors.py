@@ -21,7 +21,11 @@ def stored(factor: torch.Tensor, bits: int) -> tuple[list[int], list[float], tor
     parts = quantize_factor("w", "u", factor, bits)
     codes = unpack_codes(parts["u_packed"], bits, factor.numel())
     shape = (factor.shape[0], factor.shape[1])
-    return codes.tolist(), parts["u_scale"].tolist(), dequantize_factor(parts["u_packed"], parts["u_scale"], bits, shape)
+    return (
+        codes.tolist(),
+        parts["u_scale"].tolist(),
+        dequantize_factor(parts["u_packed"], parts["u_scale"], bits, shape),
+    )
 
 
 def nearest(x: float) -> int:

@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hqq.core.quantize import Quantizer
 
 import moepress.quantize.hqq as hqq_module
 from moepress.format.weight import affine
 from moepress.quantize.affine import AffineWeight
 from moepress.quantize.hqq import BETA, ITERATIONS, NORM, SHRINK_FROM, hqq, shrink
 from moepress.quantize.rtn import rtn
+
+Quantizer = pytest.importorskip("hqq.core.quantize", reason="the peer package hqq is not installed").Quantizer
 
 Gaussian = Callable[..., torch.Tensor]
 DemoWeight = Callable[[str], torch.Tensor]
@@ -275,6 +276,20 @@ def test_chunks_of_rows_change_nothing(size: float, columns: int, monkeypatch: p
             hqq_module, "row_chunks", lambda w, n=rows: (slice(i, i + n) for i in range(0, len(w), n))
         )  # fmt: skip
         same(hqq("w", weight, 2, 64), at_once)
+
+
+def test_chunks_that_would_stop_apart_stop_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    # each chunk runs all iterations; codes and zeros must both be those of the common stop, not of the last iteration
+    monkeypatch.setattr(hqq_module, "row_chunks", lambda w: (slice(i, i + 1) for i in range(len(w))))
+    elsewhere = 0
+    for seed in range(12):
+        weight = torch.randn(2, 64, generator=torch.Generator().manual_seed(seed))
+        groups = [row.double() for row in weight]
+        stops = possible_stops(groups, 2)
+        assert min(off_the_book(weight, groups, 2, stop) for stop in stops) < CLOSE, seed
+        at_stop, at_end = (torch.cat([by_the_book(g, 2, n)[0] for g in groups]) for n in (max(stops), ITERATIONS))
+        elsewhere += (at_stop - at_end).abs().max().item() > 0.5
+    assert elsewhere > 2, "these seeds tell no stop from the end"
 
 
 def same(one: AffineWeight, other: AffineWeight) -> None:

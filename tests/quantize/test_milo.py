@@ -58,7 +58,9 @@ def test_one_alternation_quantises_what_the_compensator_leaves(weight: torch.Ten
 @pytest.mark.parametrize("iterations", [0, 3])
 def test_the_norms_are_those_of_what_is_left(weight: torch.Tensor, iterations: int) -> None:
     found = milo("w", weight, 3, 64, 8, iterations)
-    assert found.residual_norms[-1] == pytest.approx(norm(weight - dequantized(found.base) - found.u @ found.v), rel=1e-4)
+    assert found.residual_norms[-1] == pytest.approx(
+        norm(weight - dequantized(found.base) - found.u @ found.v), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", ["0.self_attn.q_proj", "1.mlp.experts.2.down_proj", "3.mlp.shared_expert.gate_proj"])

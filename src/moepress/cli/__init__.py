@@ -17,9 +17,10 @@ def main() -> None:
     except MoepressError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; `moepress compress ... --resume` continues an unfinished run", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # typer's word for KeyboardInterrupt
+            print("interrupted; `moepress compress ... --resume` continues an unfinished run", file=sys.stderr)
+        raise
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away; there is nobody left to tell
         sys.exit(141)

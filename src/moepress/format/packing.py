@@ -17,12 +17,25 @@ import torch
 
 from moepress.format.spec import packed_bytes
 
+_CPU_CHUNK, _GPU_CHUNK = 1 << 20, 1 << 26
+"""Codes packed at once: the temporaries take several bytes a code."""
+
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 codes [..., K], each below 2**bits -> uint8 [..., ceil(K * bits / 8)]."""
     assert codes.dtype == torch.uint8, f"codes must be uint8, got {codes.dtype}"
     if bits == 8:
         return codes.contiguous()
+    count = codes.shape[-1]
+    rows = codes.flatten(0, -2) if codes.ndim > 1 else codes.unsqueeze(0)
+    packed = torch.empty((rows.shape[0], packed_bytes(count, bits)), dtype=torch.uint8, device=codes.device)
+    step = max(1, (_CPU_CHUNK if codes.device.type == "cpu" else _GPU_CHUNK) // max(1, count))
+    for first in range(0, rows.shape[0], step):
+        packed[first : first + step] = _pack_rows(rows[first : first + step], bits)
+    return packed.view(*codes.shape[:-1], packed.shape[1])
+
+
+def _pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     count = codes.shape[-1]
     padded = torch.nn.functional.pad(codes, (0, -count % 8)).unflatten(-1, (-1, 8))
     # int32 holds eight codes of up to 4 bits: half the temporary memory of int64
@@ -32,7 +45,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     packed = torch.empty((*word.shape, bits), dtype=torch.uint8, device=codes.device)
     for j in range(bits):
         packed[..., j] = ((word >> (8 * j)) & 255).to(torch.uint8)
-    return packed.flatten(-2)[..., : packed_bytes(count, bits)].contiguous()
+    return packed.flatten(-2)[..., : packed_bytes(count, bits)]
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:

@@ -35,10 +35,10 @@ def hqq(name: str, weight: torch.Tensor, bits: int, group_size: int) -> AffineWe
     ranges = list(row_chunks(weight))
     chunks = [_ChunkHistory(weight[rows].float(), bits, group_size, len(ranges) == 1) for rows in ranges]
     steps = _stopping_index(torch.stack([chunk.errors for chunk in chunks]).sum(0).tolist())
-    codes = torch.cat([
-        chunk.codes(weight[rows].float(), steps, bits, group_size)
-        for chunk, rows in zip(chunks, ranges, strict=True)
-    ])  # fmt: skip
+    # filled in place: joining the chunks' codes would hold them twice
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for chunk, rows in zip(chunks, ranges, strict=True):
+        codes[rows] = chunk.codes(weight[rows].float(), steps, bits, group_size)
     scale = torch.cat([chunk.inverse for chunk in chunks]).reciprocal_()
     zero = torch.cat([chunk.zeros[steps] for chunk in chunks])
     return AffineWeight(codes, half(name, scale, "scale"), half(name, zero, "zero"))

@@ -10,8 +10,14 @@ from moepress.quantize.affine import AffineWeight, group_views, half, minmax, ro
 
 def rtn(name: str, weight: torch.Tensor, bits: int, group_size: int) -> AffineWeight:
     """A weight [N, K] of any float dtype -> codes, scale, zero."""
-    chunks = [_rtn_rows(weight[rows].float(), bits, group_size) for rows in row_chunks(weight)]
-    codes, inverse, zero = (torch.cat(each) for each in zip(*chunks, strict=True))
+    # filled in place: joining the chunks' codes would hold them twice
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    inverses, zeros = [], []
+    for rows in row_chunks(weight):
+        codes[rows], inverse, zero = _rtn_rows(weight[rows].float(), bits, group_size)
+        inverses.append(inverse)
+        zeros.append(zero)
+    inverse, zero = torch.cat(inverses), torch.cat(zeros)
     return AffineWeight(codes, half(name, inverse.reciprocal(), "scale"), half(name, zero, "zero"))
 
 
