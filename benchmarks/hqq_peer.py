@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from common import DEMO_MODEL, Figure, finish, in_turn, print_table
@@ -55,15 +56,15 @@ def main() -> int:
         weight = case.count / len(case.weights)
         total[0], total[1] = total[0] + ours * weight, total[1] + theirs * weight
         rows.append((case.label, case.count, f"{ours * 1e3:.1f}", f"{theirs * 1e3:.1f}", f"{ours / theirs:.3f}"))
-        figures.append(ratio(case.label, ours, theirs))
+        figures.append(ratio(case.label, ours, theirs, options))
     print(f"{options.threads} threads, {options.bits} bits; milliseconds for up to three matrices of a shape")
     print_table(("shape", "in model", "ours", "hqq", "ratio"), rows)
     for name, (ours, theirs) in sums.items():
         if theirs:
             print(f"{name} total: {ours:.2f} s against {theirs:.2f} s, ratio {ours / theirs:.3f}")
-            figures.append(ratio(f"{name} total", ours, theirs))
+            figures.append(ratio(f"{name} total", ours, theirs, options))
     ours, theirs = (sum(pair) for pair in zip(*sums.values(), strict=True))
-    figures.append(ratio("total", ours, theirs))
+    figures.append(ratio("total", ours, theirs, options))
     figures.append(Figure("relative difference of dequantised weights", worst, "", f"at most {TOLERANCE}"))
     print(f"total ratio {ours / theirs:.3f} (target {TARGET}), largest relative difference {worst:.1e}")
     finish("hqq_peer", figures, peer="hqq")
@@ -131,9 +132,10 @@ def difference(weight: torch.Tensor, bits: int) -> float:
     return (torch.linalg.vector_norm(mine - peer) / torch.linalg.vector_norm(peer)).item()
 
 
-def ratio(label: str, ours: float, theirs: float) -> Figure:
+def ratio(label: str, ours: float, theirs: float, options: argparse.Namespace) -> Figure:
     target = f"hqq {theirs:.4g} s; at most {TARGET}"
-    return Figure(f"{label} time ratio", ours / theirs, "ours/hqq", target, f"ours {ours:.4g} s")
+    note = f"{Path(options.model).resolve().name}, {options.bits} bits, ours {ours:.4g} s"
+    return Figure(f"{label} time ratio", ours / theirs, "ours/hqq", target, note)
 
 
 if __name__ == "__main__":

@@ -55,11 +55,11 @@ def unpack_codes(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     if bits == 8:
         return packed
     padded = torch.nn.functional.pad(packed, (0, -expected % bits)).unflatten(-1, (-1, bits))
-    word = torch.zeros(padded.shape[:-1], dtype=torch.int32 if bits <= 4 else torch.int64, device=packed.device)
-    for j in range(bits):
-        word |= padded[..., j].to(word.dtype) << (8 * j)
-    codes = torch.empty((*word.shape, 8), dtype=torch.uint8, device=packed.device)
-    for i in range(8):
-        # the mask also removes the sign bits that an arithmetic shift of a full word brings in
-        codes[..., i] = ((word >> (i * bits)) & (2**bits - 1)).to(torch.uint8)
+    kind = torch.int32 if bits <= 4 else torch.int64
+    # a handful of wide operations: experts are many and small, and each operation costs microseconds
+    byte_shifts = torch.arange(0, 8 * bits, 8, dtype=kind, device=packed.device)
+    code_shifts = torch.arange(0, 8 * bits, bits, dtype=kind, device=packed.device)
+    word = (padded.to(kind) << byte_shifts).sum(-1, keepdim=True, dtype=kind)
+    # the mask also removes the sign bits that an arithmetic shift of a full word brings in
+    codes = ((word >> code_shifts) & (2**bits - 1)).to(torch.uint8)
     return codes.flatten(-2)[..., :count]

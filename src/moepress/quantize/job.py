@@ -64,7 +64,7 @@ def relative_error(weight: torch.Tensor, parts: Parts, spec: WeightSpec) -> floa
     n, k = weight.shape
     factors = dequantize_factors(parts, spec, n, k) if spec.rank else None
     squares = torch.zeros(2, dtype=torch.float64, device=weight.device)
-    step = max(1, (1 << 22) // k) if weight.device.type == "cpu" else n
+    step = max(1, (1 << 20) // k) if weight.device.type == "cpu" else n
     for first in range(0, n, step):
         rows = slice(first, first + step)
         part = {key: parts[key][rows] for key in ("packed", "scale", "zero")}
