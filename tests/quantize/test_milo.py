@@ -151,3 +151,10 @@ def test_the_input_is_left_alone(weight: torch.Tensor) -> None:
     before = weight.clone()
     milo("w", weight, 3, 64, 4, 2)
     assert torch.equal(weight, before)
+
+
+def test_the_best_alternation_is_kept_not_the_last(weight: torch.Tensor) -> None:
+    found = milo("w", weight, 1, 64, 16, iterations=10)  # at one bit the alternation soon gets worse
+    assert found.residual_norms[-1] > 1.01 * min(found.residual_norms), "the case no longer tells best from last"
+    assert error(weight, found) * norm(weight) == pytest.approx(min(found.residual_norms), rel=1e-4)
+    assert torch.equal(found.residual, weight - dequantized(found.base))

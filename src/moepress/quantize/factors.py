@@ -4,7 +4,8 @@
 INT3 follows MiLo's released rule: scale = 2 c / 7 with c the *signed* maximum and code = round(x / scale) + 4 in 0..7,
 range -8c/7 .. 6c/7 (measured there and here a little better than |x|'s maximum on Gaussian factors: relative error
 0.206 against 0.223). INT4 and INT8 put the element of largest size on the lowest code -2^(b-1), which wastes none.
-INT3 uses that rule too where the signed maximum is not positive, which the released rule cannot represent.
+INT3 uses that rule too where the signed maximum is below a quarter of the largest size: a group of one sign, which the
+released rule cannot represent and which factors of rank 1 do have.
 
 MiLo quantises u and v independently. Refitting (ours) quantises u, solves v anew for what u has become, quantises v,
 and solves and quantises u once more against that: the same bytes, a smaller error (see docs/LOG.md).
@@ -63,4 +64,4 @@ def _scale(groups: torch.Tensor, bits: int) -> torch.Tensor:
     if bits != 3:
         return lowest_code
     signed_max = groups.amax(1)
-    return torch.where(signed_max > 0, 2 * signed_max / 7, lowest_code)
+    return torch.where(4 * signed_max > extreme.abs(), 2 * signed_max / 7, lowest_code)

@@ -34,7 +34,7 @@ def hqq(name: str, weight: torch.Tensor, bits: int, group_size: int) -> AffineWe
     """A weight [N, K] of any float dtype -> codes, scale, zero."""
     ranges = list(row_chunks(weight))
     chunks = [_ChunkHistory(weight[rows].float(), bits, group_size, len(ranges) == 1) for rows in ranges]
-    steps = _stopping_index(torch.stack([chunk.errors for chunk in chunks]).sum(0).tolist())
+    steps = _stopping_index(torch.stack([chunk.errors for chunk in chunks]).sum(0) / weight.numel())
     # filled in place: joining the chunks' codes would hold them twice
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for chunk, rows in zip(chunks, ranges, strict=True):
@@ -98,9 +98,10 @@ def _iterate(
         zeros.append(zero)
         errors.append(error)
         if alone:
-            if not error.item() < best:
+            mean = (error / groups.numel()).float().item()
+            if not mean < best:
                 break
-            best = error.item()
+            best = mean
     return torch.stack(zeros), torch.stack(errors)
 
 
@@ -146,11 +147,14 @@ def _shrinkage_is_inert(groups: torch.Tensor, inverse: torch.Tensor) -> bool:
     return bound < SHRINK_FROM
 
 
-def _stopping_index(errors: list[float]) -> int:
-    """How many updates the reference performs: up to and including the first that did not lower the error."""
+def _stopping_index(means: torch.Tensor) -> int:
+    """How many updates the reference performs: up to and including the first that did not lower the error.
+
+    Like the reference it compares float32 means, for which the last, tiny improvements do not exist.
+    """
     best = float("inf")
-    for i, error in enumerate(errors):
-        if not error < best:
+    for i, mean in enumerate(means.float().tolist()):
+        if not mean < best:
             return i + 1
-        best = error
-    return len(errors)
+        best = mean
+    return len(means)

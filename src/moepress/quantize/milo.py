@@ -8,7 +8,8 @@ Huang, Yuan, Shao and Zhang, "MiLo: Efficient Quantized MoE Inference with Mixtu
 
 for t = 0 .. T, ending on the compensator. The factors are quantised after the loop (moepress.quantize.factors). The
 loop stops early when the mean of |W - D - U V|_F over a sliding window falls by less than 1e-4 of itself. The paper
-does not give the window's length; ours is 3.
+does not give the window's length; ours is 3. Of all alternations the one with the smallest norm is kept (ours; the
+last one is on average 1 % worse at 3 bits and 15 % at 1 bit).
 
 Inside the loop only the product U V is needed, and the projection q (q^T E) is that product: the small SVD that splits
 it into balanced factors is taken once, at the end.
@@ -45,13 +46,17 @@ def milo(name: str, weight: torch.Tensor, bits: int, group_size: int, rank: int,
     """float32 weight [N, K]; `iterations` = T, so at most T + 1 quantisations and projections."""
     generator = seeded(name)
     norms: list[float] = []
+    best: tuple[AffineWeight, torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     target = weight
     while True:
         base = hqq(name, target, bits, group_size)
         residual = weight - affine(base.codes, base.scale, base.zero, group_size)
         q, b = project(residual, rank, generator)
         norms.append(_left_over(residual, b))
+        if best is None or norms[-1] <= min(norms):
+            best = (base, residual, q, b)
         if len(norms) > iterations or _has_settled(norms):
+            base, residual, q, b = best
             return MiloResult(base, residual, *balance(q, b), tuple(norms))
         target = torch.addmm(weight, q, b, alpha=-1)
 
