@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several weights at once on a CPU: one thread a weight beats all threads on one weight, whose operations are short.
 
-Compressing a 135 M-parameter model with MiLo on 2 cores, the other way round was slower than a single thread as soon as anything else
-ran on the machine: each of its many thousand short parallel loops then waits for the scheduler. It also makes a
-weight's bytes independent of the number of cores.
+Compressing a model of 135 M parameters with MiLo on 2 cores, the other way round was slower than a single thread as
+soon as anything else ran on the machine: each of its many thousand short parallel loops then waits for the scheduler.
+It also makes a weight's bytes independent of the number of cores.
 """
 
 from __future__ import annotations
