@@ -15,7 +15,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
+import moepress
 from moepress.checkpoint.fp8 import block_size, dequantize_blocks
 from moepress.checkpoint.reader import CONFIG, INDEX, SINGLE, CheckpointReader
 from moepress.errors import CheckpointError
@@ -129,6 +131,23 @@ def test_an_fp8_source_reads_as_the_exact_product_ragged_edges_included(tiny: Ti
         assert sorted(src.graph.folded) == sorted(f"{name}_scale_inv" for name in exact)
         for ref in src.graph.weights:
             assert torch.equal(src.weight(ref), exact[ref.tensor]), ref.name
+
+
+def test_an_fp8_source_is_compressed_and_loads(tiny: Tiny, tmp_path: Path) -> None:
+    folder, exact = fp8_source(tiny, tmp_path / "fp8")
+    moepress.compress_checkpoint(
+        folder, tmp_path / "out", moepress.Settings(method="rtn", bits=8, group_size=32, keep=("attn.o",))
+    )
+    assert not moepress.verify_checkpoint(tmp_path / "out").problems
+    stored = read_all(tmp_path / "out")
+    assert not any(tensor.dtype == torch.float8_e4m3fn for tensor in stored.values())
+    kept = "model.layers.1.self_attn.o_proj.weight"
+    assert torch.equal(stored[kept], exact[kept]), "a kept FP8 matrix is stored as its bfloat16 product"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for name, weight in exact.items():
+        if name.endswith("kv_b_proj.weight"):
+            found = model.get_submodule(name.removesuffix(".weight")).dequantize()
+            assert (found - weight.float()).norm() < 0.01 * weight.float().norm(), name
 
 
 def test_fp8_without_its_scale_is_an_error(tiny: Tiny, tmp_path: Path) -> None:
