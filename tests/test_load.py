@@ -343,6 +343,22 @@ def test_a_missing_tensor_is_named(folders: Pressed, tmp_path: Path, name: str) 
         load(folder)
 
 
+@pytest.mark.parametrize(("family", "name"), [
+    ("mixtral", "model.layers.1.block_sparse_moe.gate.weight"),
+    ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w2.weight"),
+    ("granitemoe", "model.layers.1.block_sparse_moe.router.layer.weight"),
+    ("granitemoe", "model.layers.1.block_sparse_moe.output_linear.weight"),
+])  # fmt: skip
+def test_a_tensor_missing_from_a_kept_block_is_named(
+    tiny: Callable[..., Path], tmp_path: Path, family: str, name: str
+) -> None:
+    settings = moepress.Settings(method="rtn", group_size=32, keep=("expert",))
+    moepress.compress_checkpoint(tiny(family), tmp_path / "target", settings)
+    folder = damaged(tmp_path / "target", tmp_path / "damaged", {name: None})
+    with pytest.raises(CheckpointError, match=r"layers\.1\..*"):
+        load(folder)
+
+
 @pytest.mark.parametrize(("name", "value"), [
     ("model.layers.0.self_attn.q_proj.scale", torch.zeros(64, 2, dtype=torch.float16)),
     ("model.layers.0.self_attn.q_proj.scale", torch.zeros(64, 1, dtype=torch.bfloat16)),

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import moepress
+from moepress.checkpoint.reader import CheckpointReader
 from moepress.checkpoint.writer import work_folder
-from moepress.errors import CheckpointError, ResumeError
+from moepress.errors import CheckpointError, ReadError, ResumeError
 from tiny import FAMILIES, fingerprint, left_behind
 
 Tiny = Callable[..., Path]
@@ -222,3 +224,26 @@ def test_predicted_bytes_are_those_on_disk(
     assert predicted == dict(result.summary)
     assert set(result.errors) == {name for name, spec in result.plan.weights.items() if spec}
     assert predicted["compressed_bytes"] == sum(each["bytes"] for each in predicted["groups"].values())
+
+
+def test_a_failed_read_keeps_the_finished_weights(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = moepress.Settings(method="rtn", group_size=32)
+    moepress.compress_checkpoint(tiny("olmoe"), tmp_path / "whole", settings)
+    load, calls = CheckpointReader.load, []
+
+    def load_some(self: CheckpointReader, name: str, expert: int | None = None) -> torch.Tensor:
+        calls.append(name)
+        if len(calls) == 20:
+            raise ReadError(f"{name} cannot be read: the disk says so")
+        return load(self, name, expert)
+
+    monkeypatch.setattr(CheckpointReader, "load", load_some)
+    with pytest.raises(ReadError, match="the disk says so"):
+        moepress.compress_checkpoint(tiny("olmoe"), tmp_path / "target", settings)
+    assert not (tmp_path / "target").exists()
+    resumed = moepress.compress_checkpoint(tiny("olmoe"), tmp_path / "target", settings, resume=True)
+    assert resumed.resumed > 0
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "target" / path.name).read_bytes(), path.name

@@ -14,6 +14,10 @@ class CheckpointError(MoepressError):
     """A checkpoint on disk is missing, damaged, unsafe or not what its description says."""
 
 
+class ReadError(CheckpointError):
+    """A tensor of a sound-looking checkpoint cannot be read now (a disk error, say); finished work is kept."""
+
+
 class WriteError(CheckpointError):
     """The target cannot be written (a full disk, say); what was done is kept for --resume."""
 

@@ -100,14 +100,32 @@ def _check_against_files(model: Any, manifest: Manifest, files: Any, name_of: Ca
     with CheckpointReader(folders.pop()) as reader:
         found = {name: (info.dtype, info.shape) for name, info in reader.tensors.items()}
     check_files(manifest.stored(), found)
-    own = set(model.state_dict())
-    kept_banks = [n for n in own if n.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
-    merged = [n.rpartition(".experts.")[0] + "." for n in kept_banks]
     names = {name_of(stored): stored for stored in found}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     claims = {name: stored for name, stored in names.items() if name}
-    check_claims(model, claims, ignored, merged)
+    check_claims(model, claims, ignored, _merged_experts(model, claims))
     check_shapes(model, claims, found)
+
+
+def _merged_experts(model: Any, claims: Mapping[str, str]) -> list[str]:
+    """Prefixes of the experts that were kept and that transformers joins from one tensor per expert while loading.
+
+    Raises CheckpointError unless all of them are there: transformers would draw what it lacks at random.
+    """
+    family, merged = family_of(model.config.model_type), []
+    templates = [template for template in family.weights if "{expert}" in template]
+    stored = set(claims.values())
+    for name, tensor in model.state_dict().items():
+        if not templates or not name.endswith(".experts.gate_up_proj") or name in claims:
+            continue
+        merged.append(name.removesuffix("gate_up_proj"))
+        layer = re.search(r"layers\.(\d+)\.", name)
+        for template in templates:
+            for expert in range(tensor.shape[0]):
+                wanted = template.format(layer=layer.group(1) if layer else "", expert=expert)
+                if wanted not in stored:
+                    raise CheckpointError(f"the files lack {wanted}, one of {tensor.shape[0]} experts; fetch it again")
+    return merged
 
 
 def _restore_dtypes(model: Any, wanted: Mapping[str, torch.dtype]) -> None:

@@ -15,8 +15,8 @@ import torch
 
 from moepress.checkpoint.layout import Layout, lay_out
 from moepress.checkpoint.writer import CheckpointWriter, Piece, refuse_existing, remove_work
-from moepress.errors import CheckpointError, PlanError, WriteError
-from moepress.format.manifest import BankEntry, Manifest
+from moepress.errors import CheckpointError, PlanError, ReadError, WriteError
+from moepress.format.manifest import Manifest, bank_buckets
 from moepress.graph.view import WeightRef
 from moepress.measure.weights import excess_kurtosis
 from moepress.plan.plan import Plan, check_plan, make_plan, manifest_of
@@ -73,7 +73,7 @@ def compress_checkpoint(
             try:
                 _compress_weights(src, plan, manifest, out, device, progress)
                 _copy_tensors(src, plan, out)
-            except WriteError:
+            except (ReadError, WriteError):  # may pass; --resume goes on from here
                 raise
             except CheckpointError:
                 out.discard()  # a damaged source can never be finished
@@ -181,14 +181,12 @@ def _pieces(ref: WeightRef, parts: Mapping[str, torch.Tensor], slots: Mapping[An
 
 def _slots(manifest: Manifest) -> dict[tuple[str, str, int], tuple[str, int]]:
     """(bank, projection, expert) -> (tag, slot)."""
-
-    def of(name: str, bank: BankEntry) -> Any:
-        for projection in ("gate", "up", "down"):
-            for tag, experts in bank.buckets(projection).items():
-                for slot, expert in enumerate(experts):
-                    yield (name, projection, expert), (tag, slot)
-
-    return {key: value for name, bank in manifest.banks.items() for key, value in of(name, bank)}
+    return {
+        (name, projection, expert): (tag, slot)
+        for name, bank in manifest.banks.items()
+        for projection, tag, experts in bank_buckets(bank)
+        for slot, expert in enumerate(experts)
+    }
 
 
 def _kept_names(src: Source, plan: Plan) -> list[str]:

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from moepress.checkpoint.fp8 import SCALE_SUFFIX, block_size, dequantize_blocks
-from moepress.errors import CheckpointError
+from moepress.errors import CheckpointError, ReadError
 from moepress.format.spec import ITEM_BYTES
 
 CONFIG = "config.json"
@@ -82,7 +82,7 @@ class CheckpointReader:
                 return self._open[info.file].get_tensor(name)
             return self._open[info.file].get_slice(name)[expert]
         except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{self.folder / info.file}: {name} cannot be read: {error}") from error
+            raise ReadError(f"{self.folder / info.file}: {name} cannot be read: {error}") from error
 
     def load_float(self, name: str, expert: int | None = None) -> torch.Tensor:
         """Like `load`, but an FP8 tensor comes as bfloat16 with its block scales applied."""

@@ -13,5 +13,9 @@ FAMILY = Family(
     },
     kept={**KEPT, f"{LAYER}.block_sparse_moe.router.layer.weight": "router"},
     bank=f"{LAYER}.block_sparse_moe.experts",
-    renames=((".router.layer.", ".router."),),
+    renames=(
+        (".router.layer.", ".router."),
+        (".input_linear.weight", ".experts.gate_up_proj"),
+        (".output_linear.weight", ".experts.down_proj"),
+    ),
 )
