@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from moepress.errors import PlanError
 from moepress.format.spec import WeightSpec
 from moepress.graph.view import ROUTED, ModelGraph
-from moepress.plan.plan import Plan, check_plan, make_plan, manifest_of, source_digest
+from moepress.plan.plan import Plan, check_plan, label_of, make_plan, manifest_of, parse_label, source_digest
 from moepress.plan.ranks import Evidence
 from moepress.plan.settings import MAX_ITERATIONS, METHODS, Settings
 from strategies import weight_specs
@@ -26,15 +27,21 @@ LOW, HIGH = WeightSpec(bits=2), WeightSpec(bits=4, group_size=32)
 RANKED = WeightSpec(bits=3, rank=4, factor_bits=3)
 
 names = st.text(st.characters(blacklist_categories=()), max_size=30)
-plans = st.builds(
-    Plan,
-    st.text(max_size=10),
-    st.sampled_from(METHODS),
-    st.integers(0, MAX_ITERATIONS),
-    st.booleans(),
-    st.dictionaries(names, st.none() | weight_specs(), max_size=8),
-    st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5) | st.none(), max_size=3),
-)
+notes = st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5) | st.none(), max_size=3)
+
+
+@st.composite
+def plans_of(draw: st.DrawFn) -> Plan:
+    """Any plan; ranks only where the weight's method has them, whatever the default is."""
+    weights = draw(st.dictionaries(names, st.none() | weight_specs(), max_size=8))
+    overridable = [name for name, spec in weights.items() if spec]
+    methods = {name: draw(st.sampled_from(METHODS)) for name in overridable if draw(st.booleans())}
+    methods = {name: method for name, method in methods.items() if method != "rtn" or not weights[name].rank}
+    head = (draw(st.text(max_size=10)), draw(st.sampled_from(METHODS)), draw(st.integers(0, MAX_ITERATIONS)))
+    return Plan(*head, draw(st.booleans()), weights, draw(notes), methods)
+
+
+plans = plans_of()
 
 
 @given(plans)
@@ -48,6 +55,38 @@ def test_the_text_has_one_line_a_weight() -> None:
     plan = Plan("d", "milo", 10, True, {"a": LOW, "b": None, "c": RANKED})
     lines = [line.strip() for line in plan.to_json().splitlines()]
     assert {'"a": "b2g64",', '"b": "keep",', '"c": "b3g64r4f3"'} <= set(lines)
+
+
+def test_a_weight_can_have_a_method_of_its_own() -> None:
+    plan = Plan("d", "milo", 10, True, {"a": LOW, "b": None, "c": LOW}, {}, {"a": "hqq", "c": "milo"})
+    assert [plan.method_of(name) for name in "abc"] == ["hqq", "milo", "milo"]
+    assert [plan.tag_of(name) for name in "abc"] == ["hqq b2g64", "keep", "b2g64"]
+    assert plan.methods == {"a": "hqq"}  # what repeats the default is no decision
+    assert '"a": "hqq b2g64"' in plan.to_json()
+    assert Plan.from_json(plan.to_json().replace('"c": "', '"c": "milo ')) == plan
+
+
+def test_digests_of_plans_with_one_method_stay_what_they_were() -> None:
+    plan = Plan("d", "milo", 10, True, {"a": LOW, "b": None, "c": RANKED})
+    text = '["d", "milo", 10, true, [["a", "b2g64"], ["b", "keep"], ["c", "b3g64r4f3"]]]'
+    assert plan.digest() == hashlib.sha256(text.encode()).hexdigest()
+    assert replace(plan, methods={"a": "milo"}).digest() == plan.digest()
+    assert replace(plan, methods={"a": "hqq"}).digest() != plan.digest()
+
+
+@pytest.mark.parametrize("name", ["b", "elsewhere"])
+def test_a_method_for_what_is_not_compressed_is_refused(name: str) -> None:
+    with pytest.raises(PlanError, match=f"gives {name} the method hqq but no spec; drop it from methods"):
+        Plan("d", "milo", 10, True, {"a": LOW, "b": None}, {}, {name: "hqq"})
+
+
+@given(weight_specs(), st.sampled_from(METHODS))
+def test_parse_label_is_the_inverse_of_label_of(spec: WeightSpec, method: str) -> None:
+    if spec.rank and method == "rtn":
+        with pytest.raises(PlanError, match="needs one of the methods"):
+            parse_label(label_of(method, spec))
+    else:
+        assert parse_label(label_of(method, spec)) == (method, spec)
 
 
 @given(plans, st.dictionaries(st.text(max_size=5), st.integers(), max_size=3), st.randoms(use_true_random=False))
@@ -73,7 +112,16 @@ def test_every_decision_enters_the_digest(change: dict[str, Any]) -> None:
     ("change", "message"),
     [
         ({"moepress_plan": 2}, "plan version 2; this moepress reads 1"),
-        ({"method": "gptq"}, "method 'gptq' is unknown; choose one of rtn, hqq, milo"),
+        ({"method": "awq"}, "method 'awq' is unknown; choose one of rtn, hqq, milo"),
+        ({"weights": {"a": "awq b3g64"}}, "'awq b3g64' is not a method and a spec; write one of rtn, hqq, milo"),
+        ({"weights": {"a": " b3g64"}}, "' b3g64' is not a method and a spec"),
+        ({"weights": {"a": "hqq  b3g64"}}, "' b3g64' is not a weight spec"),
+        ({"weights": {"a": "hqq keep"}}, "'keep' is not a weight spec"),
+        (
+            {"weights": {"a": "rtn b3g64r4f3"}},
+            "rtn b3g64r4f3: rank 4 needs one of the methods milo, hqq, gptq, gptq-mcmoe, not rtn",
+        ),
+        ({"weights": {"a": 3}}, "3 is not a weight spec"),
         ({"iterations": 1001}, "iterations 1001 is not between 0 and 1000"),
         ({"iterations": -1}, "iterations -1 is not"),
         ({"iterations": None}, "not a moepress plan"),
@@ -183,18 +231,33 @@ def test_specs_must_fit_their_weights_and_the_method(mixtral: Mixtral) -> None:
     graph = mixtral()
     with pytest.raises(PlanError, match=r"rank 129 exceeds the smaller side of its shape \(128, 128\)"):
         check_plan(edited(graph, "attn.q", replace(RANKED, rank=129), "milo"), graph)
-    with pytest.raises(PlanError, match=r"q_proj\.weight: rank 4 needs method milo, the plan's is hqq"):
-        check_plan(edited(graph, "attn.q", RANKED), graph)
-    check_plan(edited(graph, "attn.q", RANKED, "milo"), graph)
+    with pytest.raises(
+        PlanError, match=r"q_proj\.weight: rank 4 needs one of the methods milo, hqq, gptq, gptq-mcmoe, not rtn"
+    ):
+        check_plan(edited(graph, "attn.q", RANKED, "rtn"), graph)
+    for method in ("milo", "hqq", "gptq"):
+        check_plan(edited(graph, "attn.q", RANKED, method), graph)
+    name = next(ref.name for ref in graph.weights if ref.role == "attn.q")
+    check_plan(replace(edited(graph, "attn.q", RANKED, "rtn"), methods={name: "hqq"}), graph)
+    with pytest.raises(PlanError, match="rank 4 needs one of"):
+        check_plan(replace(edited(graph, "attn.q", RANKED), methods={name: "rtn"}), graph)
     check_plan(edited(graph, "attn.q", None), graph)
 
 
 def test_gate_and_up_share_a_spec_and_down_has_its_own(mixtral: Mixtral) -> None:
     graph = mixtral()
     for role in ("expert.gate", "expert.up"):
-        with pytest.raises(PlanError, match=r"w1\.weight and .*w3\.weight must share one spec; the plan gives b\dg"):
+        with pytest.raises(
+            PlanError, match=r"w1\.weight and .*w3\.weight must share one spec and one method.* gives b\dg"
+        ):
             check_plan(edited(graph, role, HIGH), graph)
     check_plan(edited(graph, "expert.down", HIGH), graph)
+    gate, up, down = (
+        next(ref.name for ref in graph.weights if ref.role == f"expert.{x}") for x in ("gate", "up", "down")
+    )
+    with pytest.raises(PlanError, match=r"share one spec and one method; the plan gives rtn b3g64 and b3g64"):
+        check_plan(replace(planned(graph), methods={gate: "rtn"}), graph)
+    check_plan(replace(planned(graph), methods={gate: "rtn", up: "rtn", down: "milo"}), graph)
 
 
 def test_a_bank_is_compressed_whole_or_not_at_all(mixtral: Mixtral) -> None:

@@ -54,7 +54,7 @@ def test_an_unknown_preset_is_told_with_the_known() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"method": "gptq", "ranks": "dense-1"}, "method 'gptq' is unknown; choose one of rtn, hqq, milo"),
+        ({"method": "awq", "ranks": "dense-1"}, "method 'awq' is unknown; choose one of rtn, hqq, milo"),
         ({"method": "hqq", "bits": 7}, "bits 7 is not supported"),
         ({"method": "hqq", "group_size": 16}, "group_size 16 is not supported"),
         ({"ranks": "dense-8", "factor_bits": 2}, "factor_bits 2 is not supported"),
@@ -65,7 +65,7 @@ def test_an_unknown_preset_is_told_with_the_known() -> None:
             {"method": "rtn", "ranks": "dense-8"},
             "method rtn has no compensators, but ranks are dense-8; use --method milo",
         ),
-        ({"method": "hqq", "ranks": "uniform-0+kurtosis-1"}, "method hqq has no compensators"),
+        ({"method": "rtn", "ranks": "uniform-0+kurtosis-1"}, "method rtn has no compensators"),
         ({}, r"method milo without ranks \(uniform-0\) is method hqq"),
         ({"ranks": "dense-0+frequency-0"}, "method milo without ranks"),
     ],

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plan: the fate of every weight, as data that people read, edit and compare. Pure, no torch.
 
-A plan names each weight's spec by its tag (`b3g64r16f3`) or says `keep`. It carries the digest of the source's names
-and shapes, so that it cannot be applied to another model by mistake; editing tags by hand is fine.
+A plan names each weight's spec by its tag (`b3g64r16f3`) or says `keep`; a weight that another method than the plan's
+compresses says which before its tag (`hqq b3g64`). It carries the digest of the source's names and shapes, so that it
+cannot be applied to another model by mistake; editing tags by hand is fine.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from moepress.format.manifest import BankEntry, LinearEntry, Manifest
 from moepress.format.spec import WeightSpec, check_shape
 from moepress.graph.view import ROUTED, ModelGraph, WeightRef
 from moepress.plan.ranks import Evidence, assign_ranks
-from moepress.plan.settings import MAX_ITERATIONS, METHODS, Settings
+from moepress.plan.settings import CALIBRATED, MAX_ITERATIONS, METHODS, Settings
 
 PLAN_VERSION = 1
 KEEP = "keep"
+COMPENSATED = ("milo", "hqq", *CALIBRATED)
+"""Methods that can have compensators: milo fits them in turns with the codes, the others to calibration data."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,41 @@ class Plan:
     weights: Mapping[str, WeightSpec | None]
     notes: Mapping[str, Any] = field(default_factory=dict)
     """For people: the settings it came from and the sizes predicted. Never read back."""
+    methods: Mapping[str, str] = field(default_factory=dict)
+    """Weight -> its method where that is not the plan's."""
+    statistics: str = ""
+    """The folder of calibration statistics it was made from, for `compress` to read; a hint, not a decision."""
+
+    def __post_init__(self) -> None:
+        """Drops methods that say nothing new. Raises PlanError for those of weights that the plan does not compress."""
+        for name in self.methods:
+            if self.weights.get(name) is None:
+                raise PlanError(
+                    f"the plan gives {name} the method {self.methods[name]} but no spec; drop it from methods or "
+                    "give the weight a spec"
+                )
+        own = {name: method for name, method in self.methods.items() if method != self.method}
+        object.__setattr__(self, "methods", own)
+
+    def method_of(self, name: str) -> str:
+        """The method that compresses this weight: its own or the plan's."""
+        return self.methods.get(name, self.method)
+
+    def tag_of(self, name: str) -> str:
+        """What the plan file says of a weight: `keep`, its tag, or method and tag. KeyError for an unknown name."""
+        spec = self.weights[name]
+        if spec is None:
+            return KEEP
+        return label_of(self.methods[name], spec) if name in self.methods else spec.tag
 
     def to_json(self) -> str:
         """One line a weight; `from_json` is the inverse but for `notes`."""
-        tags = {name: spec.tag if spec else KEEP for name, spec in self.weights.items()}
+        tags = {name: self.tag_of(name) for name in self.weights}
         head = {"moepress_plan": PLAN_VERSION, "source": self.source, "method": self.method}
         body = head | {
             "iterations": self.iterations,
             "refit": self.refit,
+            **({"statistics": self.statistics} if self.statistics else {}),
             "notes": dict(self.notes),
             "weights": tags,
         }
@@ -59,14 +89,16 @@ class Plan:
                 raise PlanError(f"plan version {body['moepress_plan']!r}; this moepress reads {PLAN_VERSION}")
             if not isinstance(body["refit"], bool):
                 raise PlanError(f"plan: refit is {body['refit']!r}, neither true nor false")
-            weights = {name: None if tag == KEEP else WeightSpec.parse(tag) for name, tag in body["weights"].items()}
+            decided = {name: _parse_tag(tag) for name, tag in body["weights"].items()}
             plan = cls(
                 str(body["source"]),
                 str(body["method"]),
                 int(body["iterations"]),
                 body["refit"],
-                weights,
+                {name: spec for name, (_, spec) in decided.items()},
                 dict(body["notes"]),
+                {name: method for name, (method, _) in decided.items() if method},
+                str(body.get("statistics", "")),
             )
         except PlanError:
             raise
@@ -80,19 +112,40 @@ class Plan:
 
     def digest(self) -> str:
         """sha256 of the decisions: two plans with equal digests give equal bytes."""
-        decided = {name: spec.tag if spec else KEEP for name, spec in self.weights.items()}
+        decided = {name: self.tag_of(name) for name in self.weights}
         text = json.dumps([self.source, self.method, self.iterations, self.refit, sorted(decided.items())])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def calibrated_weights(plan: Plan) -> list[str]:
+    """The weights that calibration statistics are needed for."""
+    return [
+        name
+        for name, spec in plan.weights.items()
+        if spec and (plan.method_of(name) in CALIBRATED or (spec.rank and plan.method_of(name) != "milo"))
+    ]
+
+
+def label_of(method: str, spec: WeightSpec) -> str:
+    """`<method> <tag>`: one choice for one weight, such as `gptq b3g64r16f4`."""
+    return f"{method} {spec.tag}"
+
+
+def parse_label(label: str) -> tuple[str, WeightSpec]:
+    """The inverse of `label_of`. Raises PlanError for an unknown method, and for ranks with one that has none."""
+    method, space, tag = label.partition(" ")
+    if not space or method not in METHODS:
+        raise PlanError(
+            f"{label!r} is not a method and a spec; write one of {', '.join(METHODS)}, a space and a tag: hqq b3g64"
+        )
+    spec = WeightSpec.parse(tag)
+    _check_rank(label, spec, method)
+    return method, spec
+
+
 def make_plan(graph: ModelGraph, source: str, settings: Settings, evidence: Evidence) -> Plan:
     """Settings and evidence to a plan for every weight of the graph. Raises PlanError as `check_plan` does."""
-    kept = {ref.name for ref in graph.weights if _is_kept(ref, settings.keep)}
-    unused = [p for p in settings.keep if not any(_is_kept(ref, (p,)) for ref in graph.weights)]
-    if unused:
-        raise PlanError(
-            f"--keep {unused[0]!r} matches no weight; give a name pattern, a role (attn.q) or a group (expert)"
-        )
+    kept = kept_by(graph, settings.keep)
     base = WeightSpec(bits=settings.bits, group_size=settings.group_size)
     chosen = [ref for ref in graph.weights if ref.name not in kept]
     ranks = assign_ranks(settings.ranks, chosen, base, settings.factor_bits, evidence)
@@ -101,6 +154,16 @@ def make_plan(graph: ModelGraph, source: str, settings: Settings, evidence: Evid
     plan = Plan(source, settings.method, settings.iterations, settings.refit, weights, notes)
     check_plan(plan, graph)
     return plan
+
+
+def kept_by(graph: ModelGraph, patterns: tuple[str, ...]) -> set[str]:
+    """Names of the weights that `--keep` patterns match: name patterns, roles or groups. PlanError for an idle one."""
+    unused = [p for p in patterns if not any(_is_kept(ref, (p,)) for ref in graph.weights)]
+    if unused:
+        raise PlanError(
+            f"--keep {unused[0]!r} matches no weight; give a name pattern, a role (attn.q) or a group (expert)"
+        )
+    return {ref.name for ref in graph.weights if _is_kept(ref, patterns)}
 
 
 def check_plan(plan: Plan, graph: ModelGraph) -> None:
@@ -115,8 +178,7 @@ def check_plan(plan: Plan, graph: ModelGraph) -> None:
         spec = plan.weights[ref.name]
         if spec:
             check_shape(ref.name, spec, *ref.shape)
-            if spec.rank and plan.method != "milo":
-                raise PlanError(f"{ref.name}: rank {spec.rank} needs method milo, the plan's is {plan.method}")
+            _check_rank(ref.name, spec, plan.method_of(ref.name))
     _check_banks(plan, graph)
 
 
@@ -165,12 +227,29 @@ def _check_banks(plan: Plan, graph: ModelGraph) -> None:
             )
         for (expert, projection), ref in refs.items():
             up = refs[expert, "up"]
-            if projection == "gate" and plan.weights[ref.name] != plan.weights[up.name]:
-                gate_tag, up_tag = (plan.weights[r.name] for r in (ref, up))
+            # equal tags are equal specs and equal methods
+            if projection == "gate" and plan.tag_of(ref.name) != plan.tag_of(up.name):
                 raise PlanError(
-                    f"{ref.name} and {up.name} must share one spec; the plan gives "
-                    f"{gate_tag and gate_tag.tag} and {up_tag and up_tag.tag}"
+                    f"{ref.name} and {up.name} must share one spec and one method; the plan gives "
+                    f"{plan.tag_of(ref.name)} and {plan.tag_of(up.name)}"
                 )
+
+
+def _parse_tag(tag: str) -> tuple[str, WeightSpec | None]:
+    """A plan file's entry -> (its own method or "", its spec)."""
+    if tag == KEEP:
+        return "", None
+    if isinstance(tag, str) and " " in tag:
+        return parse_label(tag)
+    return "", WeightSpec.parse(tag)
+
+
+def _check_rank(name: str, spec: WeightSpec, method: str) -> None:
+    if spec.rank and method not in COMPENSATED:
+        raise PlanError(
+            f"{name}: rank {spec.rank} needs one of the methods {', '.join(COMPENSATED)}, not {method}; "
+            "change the method or drop the rank"
+        )
 
 
 def _spec(settings: Settings, rank: int) -> WeightSpec:

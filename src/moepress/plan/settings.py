@@ -24,7 +24,9 @@ from moepress.errors import PlanError
 from moepress.format.spec import FACTOR_BITS, WeightSpec
 from moepress.plan.ranks import parse_policy
 
-METHODS = ("rtn", "hqq", "milo")
+METHODS = ("rtn", "hqq", "milo", "gptq", "gptq-mcmoe")
+CALIBRATED = ("gptq", "gptq-mcmoe")
+"""Methods that round with calibration statistics; the second is the variant that MC-MoE released."""
 PRESETS = ("milo-s1", "milo-s2")
 FEW_EXPERTS = 16
 MAX_ITERATIONS = 1000
@@ -35,13 +37,13 @@ class Settings:
     """One recipe for a whole model. Unknown or contradictory values raise PlanError."""
 
     method: str = "milo"
-    """rtn, hqq (no compensators), or milo (HQQ alternating with compensators)."""
+    """rtn; hqq; milo (HQQ alternating with compensators); gptq, which needs statistics, as hqq with ranks does."""
     bits: int = 3
     group_size: int = 64
     ranks: str = "uniform-0"
     """A sum of rank policies, such as `dense-512+kurtosis-16`; see moepress.plan.ranks."""
-    factor_bits: int = 3
-    """Width of the compensators' factors: 3 (MiLo's rule), 4, 8 or 16 (fp16)."""
+    factor_bits: int = 0
+    """Width of the compensators' factors: 3 (MiLo's rule), 4, 8 or 16 (fp16); 0 is 3 for milo and 4 for others."""
     iterations: int = 10
     """Alternations after the first pass; the paper's stopping rule may end them sooner."""
     refit: bool = True
@@ -53,13 +55,16 @@ class Settings:
         if self.method not in METHODS:
             raise PlanError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
         WeightSpec(bits=self.bits, group_size=self.group_size)
+        if not self.factor_bits:
+            # fitted to calibration data, 3-bit factors lose half of what 4-bit ones win back (docs/LOG.md)
+            object.__setattr__(self, "factor_bits", 3 if self.method == "milo" else 4)
         if self.factor_bits not in FACTOR_BITS:
             raise PlanError(f"factor_bits {self.factor_bits} is not supported; choose one of {FACTOR_BITS}")
         if not 0 <= self.iterations <= MAX_ITERATIONS:
             raise PlanError(f"iterations {self.iterations} is not between 0 and {MAX_ITERATIONS}")
         ranked = any(term.amount for term in parse_policy(self.ranks))
-        if ranked and self.method != "milo":
-            raise PlanError(f"method {self.method} has no compensators, but ranks are {self.ranks}; use --method milo")
+        if ranked and self.method == "rtn":
+            raise PlanError(f"method rtn has no compensators, but ranks are {self.ranks}; use --method milo")
         if self.method == "milo" and not ranked:
             raise PlanError(f"method milo without ranks ({self.ranks}) is method hqq; use --method hqq or give a rank")
 
