@@ -8,14 +8,18 @@ from dataclasses import dataclass
 
 import torch
 
-from moepress.errors import CheckpointError
+from moepress.errors import CheckpointError, PlanError
 from moepress.format.packing import pack_codes
 from moepress.format.spec import WeightSpec
 from moepress.format.weight import Parts, dequantize_base, dequantize_factors
+from moepress.quantize.affine import AffineWeight
 from moepress.quantize.factors import quantize_factors
 from moepress.quantize.hqq import hqq
 from moepress.quantize.milo import milo
 from moepress.quantize.rtn import rtn
+
+DATA_FREE = {"rtn": rtn, "hqq": hqq, "milo": hqq}
+"""Methods that need no calibration, with the solver of weights without a compensator."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +36,27 @@ def compress_weight(
 ) -> CompressedWeight:
     """A float weight [N, K] on any device -> its stored parts on that device.
 
-    A weight without a compensator is plain HQQ under `milo`, as in the paper. Raises CheckpointError for NaN or Inf.
+    A weight without a compensator is plain HQQ under `milo`, as in the paper. Raises CheckpointError for NaN or
+    Inf, PlanError for a method that needs calibration (moepress.quantize.calibrated).
     """
     check_finite(name, weight)
+    if method not in DATA_FREE or (spec.rank and method != "milo"):
+        raise PlanError(f"{name}: {method} {spec.tag} is fitted to calibration statistics; give --stats FOLDER")
     if method == "milo" and spec.rank:
         fitted = milo(name, weight.float(), spec.bits, spec.group_size, spec.rank, iterations)
         base, alternations = fitted.base, len(fitted.residual_norms) - 1
         parts = quantize_factors(name, fitted.residual, fitted.u, fitted.v, spec.factor_bits, refit)
     else:
-        solve = {"rtn": rtn, "hqq": hqq, "milo": hqq}[method]
-        base, parts, alternations = solve(name, weight, spec.bits, spec.group_size), {}, 0
+        base, parts, alternations = DATA_FREE[method](name, weight, spec.bits, spec.group_size), {}, 0
+    return assemble(weight, spec, base, parts, alternations)
+
+
+def assemble(
+    weight: torch.Tensor, spec: WeightSpec, base: AffineWeight, factors: Parts, alternations: int = 0
+) -> CompressedWeight:
+    """A fitted base and the stored parts of its compensator, if any, to what a job returns."""
     packed = pack_codes(base.codes, spec.bits)
-    parts = {"packed": packed, "scale": base.scale, "zero": base.zero, **parts}
+    parts = {"packed": packed, "scale": base.scale, "zero": base.zero, **factors}
     return CompressedWeight(parts, relative_error(weight, parts, spec), alternations)
 
 
