@@ -32,3 +32,7 @@ class ResumeError(MoepressError):
 
 class EvaluationError(MoepressError):
     """An evaluation file or request cannot be used."""
+
+
+class CalibrationError(MoepressError):
+    """A calibration pass cannot be run on this text or model, or is asked for what it cannot give."""
