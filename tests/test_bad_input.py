@@ -182,11 +182,10 @@ def test_odd_tensor_names_are_no_error(tiny: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("values", "words"), [
-    ({"method": "gptq"}, "method 'gptq' is unknown; choose one of rtn, hqq, milo"),
+    ({"method": "awq"}, "method 'awq' is unknown; choose one of rtn, hqq, milo, gptq"),
     ({"method": "hqq", "bits": 7}, "bits 7 is not supported; choose one of 1, 2, 3"),
     ({"method": "hqq", "bits": 0}, "bits 0 is not supported"),
     ({"method": "hqq", "group_size": 48}, "group_size 48 is not supported; choose one of 32, 64, 128"),
-    ({"method": "hqq", "ranks": "uniform-4"}, "hqq has no compensators, but ranks are uniform-4; use --method milo"),
     ({"method": "rtn", "ranks": "dense-4"}, "method rtn has no compensators"),
     ({"method": "milo"}, r"method milo without ranks \(uniform-0\) is method hqq; use --method hqq or give a rank"),
     ({"method": "milo", "ranks": "dense-0+sparse-0"}, "method milo without ranks"),
@@ -225,6 +224,14 @@ def test_an_input_smaller_than_any_group_can_only_be_kept(tiny: Tiny, tmp_path: 
     words = r"kv_b_proj.*in_features 16 is smaller.*--keep 'model"
     refuses(source, tmp_path / "target", PlanError, words, settings=settings)
     moepress.compress_checkpoint(source, tmp_path / "target", replace(settings, keep=("attn.kv_b",)))
+
+
+@pytest.mark.parametrize("values", [{"method": "gptq"}, {"method": "hqq", "ranks": "uniform-4"}])
+def test_what_is_fitted_to_text_needs_statistics(tiny: Tiny, tmp_path: Path, values: dict[str, Any]) -> None:
+    words = rf"_proj.weight \({values['method']}\) and \d+ more weights .*calibrate.*--stats stats/.*--method milo"
+    refuses(tiny("olmoe"), tmp_path / "target", PlanError, words, settings=Settings(**values))
+    with pytest.raises(PlanError, match="needs statistics"):
+        moepress.plan_budget(tiny("olmoe"), "3bpw", method="gptq")
 
 
 @pytest.mark.parametrize("pattern", ["experts", "attn.z", "*.nothing.*", ""])
@@ -276,8 +283,8 @@ def test_a_plan_for_another_source_is_refused_with_both_digests(tiny: Tiny, tmp_
     ({"model.layers.7.ghost.weight": spec()}, "plan names model.layers.7.ghost.weight, which the source does not have"),
     ({EXPERT: "gone"}, f"the plan says nothing of {EXPERT}"),
     ({EXPERT: None}, f"{EXPERT} would stay at full size beside compressed experts"),
-    ({EXPERT: spec(bits=4)}, f"gate_proj.weight and {EXPERT} must share one spec; the plan gives b3g64 and b4g64"),
-    ({EXPERT: spec(rank=4, factor_bits=3)}, "rank 4 needs method milo, the plan's is hqq"),
+    ({EXPERT: spec(bits=4)}, f"gate_proj.weight and {EXPERT} must share one spec .*; the plan gives b3g64 and b4g64"),
+    ({EXPERT: spec(rank=4, factor_bits=3)}, "must share one spec and one method; the plan gives b3g64 and b3g64r4f3"),
     ({"model.layers.0.self_attn.q_proj.weight": spec(group_size=128)}, "q_proj.*64 is smaller than group_size 128"),
     ({"model.layers.0.self_attn.q_proj.weight": spec(rank=65, factor_bits=3)}, "rank 65 exceeds the smaller side"),
 ])  # fmt: skip
@@ -300,7 +307,7 @@ def test_a_plan_that_keeps_everything_is_a_copy(tiny: Tiny, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("change", [
-    {"moepress_plan": 2}, {"moepress_plan": None}, {"refit": None}, {"refit": "x"}, {"method": "gptq"},
+    {"moepress_plan": 2}, {"moepress_plan": None}, {"refit": None}, {"refit": "x"}, {"method": "awq"},
     {"method": ["hqq"]}, {"iterations": "many"}, {"iterations": float("inf")}, {"iterations": -1},
     {"iterations": 10**9},
     {"iterations": None}, {"weights": None}, {"weights": []}, {"weights": "b3g64"}, {"weights": {"a": 5}},

@@ -175,7 +175,7 @@ def test_presets_and_what_overrides_them(
 @pytest.mark.parametrize(
     "option",
     [
-        ("--preset", "milo-s1"), ("--method", "rtn"), ("--bits", "3"), ("--group-size", "64"), ("--dense-rank", "0"),
+        ("--preset", "milo-s1"), ("--budget", "3bpw"), ("--bits", "3"), ("--group-size", "64"), ("--dense-rank", "0"),
         ("--sparse-rank", "1"), ("--rank-policy", "dense-1"), ("--factor-bits", "3"), ("--iterations", "0"),
         ("--no-refit",), ("--refit",), ("--keep", "attn"), ("--frequencies", "f.json"),
     ],
@@ -193,7 +193,7 @@ def test_a_plan_bears_no_option_beside_it(option: tuple[str, ...], cli: Cli, tmp
         (("--sparse-rank", "4", "--rank-policy", "uniform-4"), "give one of them"),
         (("--device", "quantum", *RTN), "device 'quantum' cannot be used here"),
         (("--device", "cuda:99", *RTN), "device 'cuda:99' cannot be used here"),
-        (("--method", "gptq"), "method 'gptq' is unknown; choose one of rtn, hqq, milo"),
+        (("--method", "awq"), "method 'awq' is unknown; choose one of rtn, hqq, milo"),
         (("--preset", "milo-s9"), "preset 'milo-s9' is unknown"),
         (("--bits", "7", "--method", "rtn"), "bits 7 is not supported"),
         (("--method", "rtn", "--dense-rank", "4"), "method rtn has no compensators"),
@@ -221,7 +221,7 @@ def test_mistakes_with_folders_are_told_in_one_line(cli: Cli, compressed: tuple[
 
 
 def test_a_mistake_in_a_process_is_one_line_too(tmp_path: Path) -> None:
-    assert_told(process("compress", MODEL, tmp_path / "out", "--method", "gptq"), "method 'gptq' is unknown")
+    assert_told(process("compress", MODEL, tmp_path / "out", "--method", "awq"), "method 'awq' is unknown")
 
 
 def test_unknown_options_and_missing_arguments_are_usage_errors(cli: Cli, tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ compressed folders.
 import moepress.hf  # noqa: F401  (registers the format; nothing else may be relied on to do it)
 from moepress.errors import MoepressError
 from moepress.format.spec import WeightSpec
-from moepress.pipeline import compress_checkpoint, plan_checkpoint
+from moepress.pipeline import compress_checkpoint
 from moepress.plan.plan import Plan
 from moepress.plan.settings import Settings
+from moepress.planning import plan_budget, plan_by_pmq, plan_checkpoint
 from moepress.verify import verify_checkpoint
 from moepress.version import __version__
 
@@ -21,6 +22,8 @@ __all__ = [
     "WeightSpec",
     "__version__",
     "compress_checkpoint",
+    "plan_budget",
+    "plan_by_pmq",
     "plan_checkpoint",
     "verify_checkpoint",
 ]

@@ -69,7 +69,7 @@ def target_files(
         "fingerprint": dict(fingerprint),
         "summary": summary,
         # without its notes: equal decisions give equal bytes, however they were asked for
-        "plan": json.loads(replace(plan, notes={}).to_json()),
+        "plan": json.loads(replace(plan, notes={}, statistics="").to_json()),
         "errors": dict(errors),
         "files": {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in sorted(files.items())},
         "shards": {

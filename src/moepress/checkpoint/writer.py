@@ -202,6 +202,11 @@ class CheckpointWriter:
                 digest.update(os.pread(self._files[place.file], count, offset + start))
         return digest.hexdigest()
 
+    def flush(self) -> None:
+        """Syncs what was put and the journal that vouches for it."""
+        with self._disk_errors():
+            self._sync()
+
     def _sync(self) -> None:
         if self._pending:
             for name, fd in self._files.items():

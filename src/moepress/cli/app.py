@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moepress.errors import MoepressError, PlanError
+from moepress.plan.budget import parse_budget
 from moepress.version import __version__
 
 app = typer.Typer(
@@ -26,6 +27,15 @@ app = typer.Typer(
 Folder = Annotated[Path, typer.Argument(help="A Hugging Face checkpoint folder.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
+Memory = Annotated[str, typer.Option(help="About how much memory calibration text may take: 4GB, 500MB, ...")]
+
+
+def parse_memory(text: str) -> int:
+    """`4GB` to bytes. Raises PlanError for anything but a size."""
+    size = parse_budget(text).total_bytes
+    if size is None:
+        raise PlanError(f"--memory {text} is not a size; write 4GB, 500MB, ...")
+    return size
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""inspect, plan, compress, verify: the commands that turn one folder into another and look at both."""
+"""inspect, compress, verify: the commands that turn one folder into another and look at both."""
 
 from __future__ import annotations
 
@@ -9,36 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from moepress.cli.app import Device, Folder, Json, app, finish, pick_device, read_text, write_text
+from moepress.cli import options as opt
+from moepress.cli.app import Device, Folder, Json, Memory, app, finish, parse_memory, pick_device, read_text
 from moepress.cli.show import show_errors, show_inventory, show_plan
 from moepress.errors import PlanError
-from moepress.graph.view import ROUTED
-from moepress.measure.frequency import read_frequencies
-from moepress.pipeline import compress_checkpoint, measure_kurtosis, plan_checkpoint
+from moepress.pipeline import compress_checkpoint
 from moepress.plan.plan import Plan
-from moepress.plan.settings import Settings, preset
+from moepress.plan.settings import METHODS
+from moepress.planning import measure_kurtosis
 from moepress.progress import console
-from moepress.source import Source, open_source
+from moepress.source import open_source
 from moepress.verify import verify_checkpoint
-
-Preset = Annotated[str | None, typer.Option(help="milo-s1 (the default) or milo-s2: the MiLo paper's settings.")]
-Method = Annotated[str | None, typer.Option(help="rtn, hqq or milo.")]
-Bits = Annotated[int | None, typer.Option(help="1 to 6, or 8.")]
-GroupSize = Annotated[int | None, typer.Option(help="Inputs that share a scale and a zero: 32, 64 or 128.")]
-DenseRank = Annotated[int | None, typer.Option(help="Compensator rank of attention, shared experts and dense MLPs.")]
-SparseRank = Annotated[int | None, typer.Option(help="Compensator rank of every routed expert matrix.")]
-RankPolicy = Annotated[
-    str | None,
-    typer.Option(help="A sum such as dense-512+kurtosis-16; kinds: uniform, dense, sparse, kurtosis, "
-                      "milo-kurtosis, frequency."),
-]  # fmt: skip
-FactorBits = Annotated[int | None, typer.Option(help="Width of the compensators' factors: 3, 4, 8 or 16.")]
-Iterations = Annotated[int | None, typer.Option(help="Alternations of quantiser and compensator, at most.")]
-Refit = Annotated[bool | None, typer.Option("--refit/--no-refit", help="Refit the factors to each other while they are "
-                                            "quantised; --no-refit is MiLo's own way.")]  # fmt: skip
-Keep = Annotated[list[str] | None, typer.Option(help="Leave these as they are: a name pattern, a role (attn.q) or a "
-                                                     "group (attn, shared, mlp, expert). Repeatable.")]  # fmt: skip
-Frequencies = Annotated[Path | None, typer.Option(help="Expert frequencies, as `moepress profile` writes them.")]
 
 
 @app.command()
@@ -56,52 +37,44 @@ def inspect(
 
 
 @app.command()
-def plan(
-    source: Folder,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The plan file to write.")],
-    preset: Preset = None, method: Method = None, bits: Bits = None, group_size: GroupSize = None,
-    dense_rank: DenseRank = None, sparse_rank: SparseRank = None, rank_policy: RankPolicy = None,
-    factor_bits: FactorBits = None, iterations: Iterations = None, refit: Refit = None, keep: Keep = None,
-    frequencies: Frequencies = None, device: Device = "cpu", json: Json = False,
-) -> None:  # fmt: skip
-    """The decisions that `compress` would take, as a file to read, edit and pass to `compress --plan`."""
-    chosen = pick_device(device)
-    asked = _asked(method, bits, group_size, factor_bits, iterations, refit)
-    ranks = ranks_from(dense_rank, sparse_rank, rank_policy)
-    settings, counts = _settle(source, preset, asked, ranks, keep, frequencies)
-    made = plan_checkpoint(source, settings, frequencies=counts, device=chosen, progress=console)
-    write_text(output, made.to_json())
-    show_plan(made)
-    finish(json, {"plan": str(output), "settings": settings.as_dict(), **made.notes["predicted"]})
-
-
-@app.command()
 def compress(
     source: Folder,
     target: Annotated[Path, typer.Argument(help="The folder to make; must not exist.", show_default=False)],
-    preset: Preset = None, method: Method = None, bits: Bits = None, group_size: GroupSize = None,
-    dense_rank: DenseRank = None, sparse_rank: SparseRank = None, rank_policy: RankPolicy = None,
-    factor_bits: FactorBits = None, iterations: Iterations = None, refit: Refit = None, keep: Keep = None,
-    frequencies: Frequencies = None,
-    plan: Annotated[Path | None, typer.Option(help="Do what this plan says.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Do what this plan says; --method replaces its methods.")] = None,
+    budget: opt.Budget = None, stats: opt.Stats = None, preset: opt.Preset = None, method: opt.Method = None,
+    bits: opt.Bits = None, group_size: opt.GroupSize = None, dense_rank: opt.DenseRank = None,
+    sparse_rank: opt.SparseRank = None, rank_policy: opt.RankPolicy = None, factor_bits: opt.FactorBits = None,
+    iterations: opt.Iterations = None, refit: opt.Refit = None, keep: opt.Keep = None,
+    frequencies: opt.Frequencies = None, gamma: opt.Gamma = None, scope: opt.Scope = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was cut off.")] = False,
-    device: Device = "auto", json: Json = False,
+    memory: Memory = "4GB", device: Device = "auto", json: Json = False,
 ) -> None:  # fmt: skip
     """Compress a checkpoint folder into a new one."""
-    asked = _asked(method, bits, group_size, factor_bits, iterations, refit)
-    ranks = ranks_from(dense_rank, sparse_rank, rank_policy)
+    asked = opt.Asked(
+        budget=budget, stats=stats, preset=preset, method=method, bits=bits, group_size=group_size,
+        dense_rank=dense_rank, sparse_rank=sparse_rank, rank_policy=rank_policy, factor_bits=factor_bits,
+        iterations=iterations, refit=refit, keep=keep, frequencies=frequencies, gamma=gamma, scope=scope,
+    )  # fmt: skip
     options: dict[str, Any] = {"device": pick_device(device), "resume": resume, "progress": console}
+    options |= {"statistics": stats, "memory": parse_memory(memory)}
     if plan is not None:
-        if preset or ranks or keep or frequencies or any(value is not None for value in asked.values()):
-            raise PlanError("--plan already decides everything; edit the plan instead of adding options")
-        result = compress_checkpoint(source, target, plan=Plan.from_json(read_text(plan)), **options)
+        asked.only({"--method", "--stats"}, "--plan already decides everything; edit the plan instead")
+        made, settings, counts = _with_method(Plan.from_json(read_text(plan)), method), None, {}
     else:
-        settings, counts = _settle(source, preset, asked, ranks, keep, frequencies)
-        result = compress_checkpoint(source, target, settings, frequencies=counts, **options)
+        made, settings, counts = opt.settle(source, asked, options["device"])
+    result = compress_checkpoint(source, target, settings, plan=made, frequencies=counts, **options)
     show_plan(result.plan, result.summary)
     show_errors(result.errors)
     print(f"wrote {target}" + (f" ({result.resumed} weights were already done)" if result.resumed else ""))
     finish(json, {"target": str(target), "resumed": result.resumed, **result.summary})
+
+
+def _with_method(plan: Plan, method: str | None) -> Plan:
+    if method is None:
+        return plan
+    if method not in METHODS:
+        raise PlanError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
+    return dataclasses.replace(plan, method=method, methods={})
 
 
 @app.command()
@@ -122,47 +95,3 @@ def verify(
     finish(json, {"ok": not found.problems, **dataclasses.asdict(found)})
     if found.problems:
         raise typer.Exit(1)
-
-
-def _asked(*values: Any) -> dict[str, Any]:
-    names = ("method", "bits", "group_size", "factor_bits", "iterations", "refit")
-    return dict(zip(names, values, strict=True))
-
-
-def ranks_from(dense: int | None, sparse: int | None, policy: str | None) -> str | None:
-    """The rank options as one policy, or None where none was given."""
-    if dense is None and sparse is None:
-        return policy
-    if policy is not None:
-        raise PlanError("--rank-policy and --dense-rank/--sparse-rank say the same thing twice; give one of them")
-    return f"dense-{dense or 0}+sparse-{sparse or 0}"
-
-
-def _settle(
-    source: Path,
-    name: str | None,
-    asked: dict[str, Any],
-    ranks: str | None,
-    keep: list[str] | None,
-    path: Path | None,
-) -> tuple[Settings, dict[str, list[float]]]:
-    with open_source(source) as src:
-        counts = read_frequencies(path, src.graph) if path else {}
-        return resolve_settings(src, name, asked, ranks, tuple(keep or ())), counts
-
-
-def resolve_settings(
-    src: Source, name: str | None, asked: dict[str, Any], ranks: str | None, keep: tuple[str, ...]
-) -> Settings:
-    """Options over a preset over defaults. Without a preset and a method the preset is milo-s1."""
-    given = {key: value for key, value in asked.items() if value is not None} | {"keep": keep}
-    if ranks is not None:
-        given["ranks"] = ranks
-    if name is None and given.get("method") in ("rtn", "hqq"):
-        return Settings(**given)
-    experts = [ref.expert or 0 for ref in src.graph.weights if ref.group == ROUTED]
-    hidden = src.reader.config.get("hidden_size")
-    if not isinstance(hidden, int) or not experts:
-        raise PlanError("presets need hidden_size in config.json and routed experts; give --method and ranks instead")
-    base = preset(name or "milo-s1", src.graph.family.model_type, hidden, max(experts) + 1)
-    return dataclasses.replace(base, **given)
