@@ -8,7 +8,7 @@ statistics of a calibration are given) and hands numbers to the pure planners of
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from moepress.measure.stats_folder import Stats, read_stats
 from moepress.measure.weights import excess_kurtosis
 from moepress.plan.budget import Budget, parse_budget
 from moepress.plan.compare import NOTE, allocation_note
-from moepress.plan.joint import plan_joint, plan_pmq
+from moepress.plan.joint import Menus, plan_joint, plan_pmq
 from moepress.plan.plan import Plan, kept_by, label_of, make_plan, manifest_of, parse_label
 from moepress.plan.priors import priors
 from moepress.plan.ranks import Evidence, needs
@@ -63,20 +63,22 @@ def plan_budget(
     bits: Sequence[int] = MENU_BITS,
     group_sizes: Sequence[int] = MENU_GROUPS,
     keep: tuple[str, ...] = (),
+    menus: Menus | None = None,
     device: str | torch.device = "cpu",
     progress: Progress = silent,
 ) -> Plan:
     """The joint planner (ours): the least predicted loss within `budget`, such as "2.5bpw" or "18GB".
 
     With `statistics` (a folder that `calibrate` wrote) predicted losses come from there, and the menu is what was
-    measured, of `method` alone if it is given; `bits` and `group_sizes` are the menu without. Raises PlanError for a
-    budget out of reach, CalibrationError for statistics of another model.
+    measured, of `method` alone if it is given; `bits` and `group_sizes` are the menu without. `menus` are the data-free
+    predicted losses where they are at hand already (`data_free_menus`), for several budgets in a row. Raises
+    PlanError for a budget out of reach and for statistics of another model.
     """
     with open_source(source) as src:
         kept = kept_by(src.graph, keep)
         notes: dict[str, Any] = {"budget": budget, "keep": list(keep)}
         if statistics is None:
-            menus = _data_free_menus(src, kept, method or "hqq", bits, group_sizes, torch.device(device), progress)
+            menus = menus or data_free_menus(src, kept, method or "hqq", bits, group_sizes, device, progress)
             notes["evidence"] = "relative reconstruction error and role priors; no data"
         else:
             stats = read_stats_of(statistics, src)
@@ -161,22 +163,23 @@ def _fit(
         allowed -= over  # what the shards' headers take, which depends on the plan
 
 
-def _data_free_menus(
+def data_free_menus(
     src: Source,
-    kept: set[str],
-    method: str,
-    bits: Sequence[int],
-    group_sizes: Sequence[int],
-    device: torch.device,
-    progress: Progress,
+    kept: Collection[str] = (),
+    method: str = "hqq",
+    bits: Sequence[int] = MENU_BITS,
+    group_sizes: Sequence[int] = MENU_GROUPS,
+    device: str | torch.device = "cpu",
+    progress: Progress = silent,
 ) -> dict[str, dict[str, float]]:
+    """Weight name -> label -> predicted loss, from the weights alone (moepress.plan.priors)."""
     if method in CALIBRATED:
         raise PlanError(f"method {method} needs statistics; run `moepress calibrate` and give --stats FOLDER")
     worth = priors(src.graph, src.reader.config)
     specs = [WeightSpec(bits=b, group_size=g) for b in bits for g in group_sizes]
     choices = {label_of(method, spec): (method, spec) for spec in specs}
     refs = [ref for ref in src.graph.weights if ref.name not in kept]
-    errors = relative_errors(refs, src.weight, choices, device=device, progress=progress)
+    errors = relative_errors(refs, src.weight, choices, device=torch.device(device), progress=progress)
     return {name: {label: worth[name] * error for label, error in own.items()} for name, own in errors.items()}
 
 

@@ -411,9 +411,10 @@ def test_gradients_are_taken_once_and_checked(tiny: Tiny, tmp_path: Path, monkey
         def stop(*_: Any) -> None:
             raise CheckpointError("stop here")
 
-        with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="stop here"):
-            patch.setattr("moepress.measure.calibrate._measure", stop)
+        monkeypatch.setattr("moepress.measure.calibrate._measure", stop)
+        with pytest.raises(CheckpointError, match="stop here"):
             calibrate(source, ids, tmp_path / "stats", SMALL, gradients=take)
+        monkeypatch.undo()
         with pytest.raises(CalibrationError, match=r"unfinished calibration \(0 layers done\)"):
             read_stats(tmp_path / "stats")
         with pytest.raises(ResumeError, match=rf"the gradients of {source.graph.weights[0].name} are not those"):

@@ -35,6 +35,9 @@ def compress_together(
     Inf.
     """
     own = [{name: weight.float() for name, weight in each.items()} for each in weights]
+    for each in own:
+        for name, weight in each.items():
+            check_finite(name, weight)
     sites = {method: Sites(own, moments, options) for method, options in VARIANTS.items()}
     done: dict[str, CompressedWeight] = {}
     for method, batch in sites.items():
@@ -45,7 +48,6 @@ def compress_together(
         }
     for index, each in enumerate(own):
         for name, weight in each.items():
-            check_finite(name, weight)
             spec, method = specs[name], methods[name]
             if spec.rank and method != "milo":
                 base = partial(_base, sites.get(method), index, name, _width(spec))

@@ -58,6 +58,10 @@ def _fit(rows: torch.Tensor, importance: torch.Tensor, top: torch.Tensor) -> tup
         # the range shrinks around its middle: the zero moves with the scale
         scale = clip * whole
         best = _better(best, rows, importance, scale, top / 2 - middle / scale, top)
+    # a group of one value: code 0 and that value to fp16's precision, so that zeros stay zeros
+    flat = high == low
+    scale, zero = torch.where(flat, 1.0, whole), torch.where(flat, -low, top / 2 - middle / whole)
+    best = _better(best, rows, importance, scale, zero, top)
     for _ in range(REFITS):
         _, scale, zero = best
         codes = codes_of(rows, scale.unsqueeze(-1), zero.unsqueeze(-1), top.unsqueeze(-1))

@@ -12,6 +12,7 @@ from functools import cached_property
 
 import torch
 
+from moepress.errors import CheckpointError
 from moepress.quantize.affine import AffineWeight
 from moepress.quantize.gptq import GptqOptions, Metric, gptq, make_metric
 
@@ -46,7 +47,13 @@ class Sites:
             rows = torch.stack([torch.cat([self.weights[i][name] for name in names]) for i, names, _ in units])
             labels = [" + ".join(names) for _, names, _ in units]
             bits = [each for _, _, each in units]
-            found = gptq(labels, rows, _take(self.metric, indices), bits, group_size, self._options)
+            try:
+                found = gptq(labels, rows, _take(self.metric, indices), bits, group_size, self._options)
+            except CheckpointError:
+                for index, names, width in units:  # each alone, for the error to name the weight to blame
+                    for name in names:
+                        self.round(index, name, self.weights[index][name], (width, group_size))
+                raise
             for (index, names, _), base in zip(units, found, strict=True):
                 done |= _split(base, {name: len(self.weights[index][name]) for name in names})
         return done
