@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--ppl", type=Path, action="append", default=[])
     parser.add_argument("--stats", type=Path)
     parser.add_argument("--menus", type=Path, default=Path("menus.json"), help="where data-free losses are kept")
-    parser.add_argument("--only", help="curves, parted by commas")
+    parser.add_argument("--only", help="curves, parted by commas, in the order to measure them")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no point after this")
     parser.add_argument("--note", default="")
@@ -179,8 +179,12 @@ def main() -> None:
     append([head | {"curve": "original", "point": "bf16", "bpw": 16, "text": name, "ppl": f"{ppl:.4f}", "loss": 0}
             for name, ppl in base.items()])  # fmt: skip
     done = {(row["curve"], row["point"]) for row in rows() if row["commit"] == where["commit"] != "dirty"}
-    for point in points(given.source, given.stats, given.menus, given.device):
-        if (given.only and point.curve not in given.only.split(",")) or (point.curve, point.name) in done:
+    chosen = list(points(given.source, given.stats, given.menus, given.device))
+    if given.only:
+        order = given.only.split(",")
+        chosen = sorted((p for p in chosen if p.curve in order), key=lambda p: order.index(p.curve))
+    for point in chosen:
+        if (point.curve, point.name) in done:
             continue
         if time.monotonic() - begin > 60 * given.minutes:
             print(f"{given.minutes} minutes are over; run again for the rest", flush=True)

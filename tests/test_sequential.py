@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import moepress
 from moepress.checkpoint.reader import CheckpointReader
 from moepress.checkpoint.writer import CheckpointWriter
-from moepress.errors import CheckpointError, PlanError, ResumeError
+from moepress.errors import CalibrationError, CheckpointError, PlanError, ResumeError
 from moepress.format.manifest import BankEntry, Manifest
 from moepress.format.packing import unpack_codes
 from moepress.format.spec import WeightSpec
@@ -86,7 +86,8 @@ def mixed_plan(source: Path, recipe: str) -> moepress.Plan:
     with open_source(source) as src:
         for ref in src.graph.weights:
             number = (ref.expert or 0) + (ref.projection == "down") if ref.expert is not None else len(weights) % 3 + 1
-            methods[ref.name], weights[ref.name] = choices[number % EXPERTS]
+            methods[ref.name], spec = choices[number % EXPERTS]
+            weights[ref.name] = replace(spec, group_size=min(spec.group_size, ref.shape[1]))
         plan = moepress.Plan(src.digest, "gptq" if recipe == "calibrated" else "milo", 1, True, weights, {}, methods)
     return moepress.Plan.from_json(plan.to_json())
 
@@ -263,7 +264,7 @@ def test_experts_of_all_widths_lie_side_by_side(family: str, recipe: str, made: 
 
 
 def test_calibration_serves_the_model_that_it_is_for(made: Made, tmp_path: Path) -> None:
-    source, stats, target = made("mixtral")
+    source, _, target = made("mixtral")
     moepress.compress_checkpoint(source, tmp_path / "hqq", replace(SETTINGS, method="hqq"))
     with torch.no_grad():
         original, found, plain = (load(each)(window_ids()).logits for each in (source, target, tmp_path / "hqq"))
@@ -353,7 +354,7 @@ def test_without_statistics_the_way_to_them_is_told(tiny: Tiny, made: Made, tmp_
     for settings in (SETTINGS, moepress.Settings(method="hqq", ranks="uniform-4")):
         with pytest.raises(PlanError, match=r"moepress calibrate SRC .*--stats"):
             moepress.compress_checkpoint(tiny("mixtral"), tmp_path / "target", settings)
-    with pytest.raises(PlanError, match="statistics of a source with digest .* calibrate this model"):
+    with pytest.raises(PlanError, match=r"statistics of a source with digest .* calibrate this model"):
         moepress.compress_checkpoint(tiny("olmoe"), tmp_path / "target", SETTINGS, statistics=made("mixtral")[1])
     assert left_behind(tmp_path / "target") == []
 
@@ -382,9 +383,26 @@ def test_a_damaged_source_is_named_and_nothing_is_left(tiny: Tiny, tmp_path: Pat
     tensor.view(-1)[3] = float("nan")
     source = edit_tensors(tiny("olmoe"), tmp_path / "source", {name: tensor})
     stats = write_stats(tmp_path / "stats", source)
-    with pytest.raises(CheckpointError, match=f"{name} holds 1 NaN and 0 Inf"):
+    for settings in (SETTINGS, moepress.Settings(method="hqq", ranks="uniform-4", group_size=32)):
+        with pytest.raises(CheckpointError, match=f"{name} holds 1 NaN and 0 Inf"):
+            moepress.compress_checkpoint(source, tmp_path / "target", settings, statistics=stats)
+        assert left_behind(tmp_path / "target") == []
+
+
+def test_a_damaged_weight_that_is_kept_is_named_too(tiny: Tiny, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.k_proj.weight"
+    source = edit_tensors(tiny("olmoe"), tmp_path / "source", {name: torch.full((32, 64), torch.inf).bfloat16()})
+    stats, settings = write_stats(tmp_path / "stats", source), replace(SETTINGS, keep=("attn",))
+    with pytest.raises(CheckpointError, match=f"{name} holds 0 NaN and 2048 Inf"):
+        moepress.compress_checkpoint(source, tmp_path / "target", settings, statistics=stats)
+
+
+def test_a_model_that_overflows_is_told(tiny: Tiny, tmp_path: Path) -> None:
+    name = "model.layers.0.input_layernorm.weight"
+    source = edit_tensors(tiny("olmoe"), tmp_path / "source", {name: torch.full((64,), 1e30).bfloat16()})
+    stats = write_stats(tmp_path / "stats", source)
+    with pytest.raises(CalibrationError, match=r"layers\.0\.self_attn\.q_proj\.weight reads values .* not finite"):
         moepress.compress_checkpoint(source, tmp_path / "target", SETTINGS, statistics=stats)
-    assert left_behind(tmp_path / "target") == []
 
 
 # ---------------------------------------------------------------------------------------------- on a GPU

@@ -9,10 +9,12 @@ that was cut off starts again at the last layer boundary whose weights are all s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NoReturn
 
 import torch
 
 from moepress.checkpoint.writer import CheckpointWriter
+from moepress.errors import CalibrationError
 from moepress.format.weight import dequantize
 from moepress.graph.view import WeightRef
 from moepress.measure.site import Site
@@ -22,7 +24,7 @@ from moepress.measure.walk import Walk
 from moepress.plan.plan import Plan
 from moepress.progress import Progress
 from moepress.quantize.calibrated import compress_together
-from moepress.quantize.job import CompressedWeight
+from moepress.quantize.job import CompressedWeight, check_finite
 from moepress.source import Source
 
 Store = Callable[[WeightRef, CompressedWeight], None]
@@ -56,7 +58,7 @@ def compress_sequentially(
         for layer in walk.layers(start):
             for stage in layer.stages():
                 for batch in batches_of(stage, device):
-                    _compress_batch(plan, batch, stage, finish)
+                    _compress_batch(src, plan, batch, stage, finish)
             out.flush()  # before the next boundary stands for this layer
             layer.finish()
         for ref in open_refs:
@@ -64,13 +66,16 @@ def compress_sequentially(
                 _compress_unseen(src, plan, ref, device, finish)
 
 
-def _compress_batch(plan: Plan, batch: Sequence[Site], stage: Sequence[Site], finish: Store) -> None:
+def _compress_batch(src: Source, plan: Plan, batch: Sequence[Site], stage: Sequence[Site], finish: Store) -> None:
     own = [[ref for ref in site.refs if plan.weights[ref.name]] for site in batch]
     chosen = [(site, refs) for site, refs in zip(batch, own, strict=True) if refs]
     if not chosen:
         return
     weights = [{ref.name: site.weights[ref.name] for ref in refs} for site, refs in chosen]
     moments = [usable_moment(site, stage) for site, _ in chosen]
+    for (site, _), moment in zip(chosen, moments, strict=True):
+        if not torch.isfinite(moment.diagonal()).all():
+            _blame(src, plan, site)
     results = _compress(plan, weights, moments)
     for site, refs in chosen:
         for ref in refs:
@@ -80,6 +85,21 @@ def _compress_batch(plan: Plan, batch: Sequence[Site], stage: Sequence[Site], fi
             site.replace(ref.name, dequantize(result.parts, spec, *ref.shape))
             finish(ref, result)
         site.release()
+
+
+def _blame(src: Source, plan: Plan, site: Site) -> NoReturn:
+    """Says what made a site's inputs NaN or infinite: a damaged tensor that is kept, as a rule."""
+    for kept in src.graph.kept:
+        tensor = src.reader.load_float(kept.name)
+        if tensor.is_floating_point():
+            check_finite(kept.name, tensor)
+    for ref in src.graph.weights:
+        if plan.weights[ref.name] is None:
+            check_finite(ref.name, src.weight(ref))
+    raise CalibrationError(
+        f"{site.refs[0].name} reads values that are not finite, and no tensor is damaged: the model overflows float32 "
+        "on this text; check that its config.json is its own, or use --method milo"
+    )
 
 
 def _compress_unseen(src: Source, plan: Plan, ref: WeightRef, device: torch.device, finish: Store) -> None:

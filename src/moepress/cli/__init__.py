@@ -19,7 +19,7 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as end:
         if end.code == 130:  # typer's word for KeyboardInterrupt
-            print("interrupted; `moepress compress ... --resume` continues an unfinished run", file=sys.stderr)
+            print("interrupted; --resume continues an unfinished `moepress compress` or `calibrate`", file=sys.stderr)
         raise
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away; there is nobody left to tell

@@ -88,7 +88,8 @@ def settle(source: Path, asked: Asked, device: torch.device) -> tuple[Plan | Non
     """A finished plan (budget, pmq), or settings and the frequencies that go with them."""
     keep = tuple(asked.keep or ())
     if asked.budget is not None:
-        asked.only({"--budget", "--stats", "--method", "--keep"}, f"--budget {asked.budget} chooses widths and ranks itself")
+        allowed = {"--budget", "--stats", "--method", "--keep"}
+        asked.only(allowed, f"--budget {asked.budget} chooses widths and ranks itself")
         options: dict[str, Any] = {"statistics": asked.stats, "method": asked.method, "keep": keep}
         return plan_budget(source, asked.budget, device=device, progress=console, **options), None, {}
     if asked.preset == "pmq":

@@ -20,6 +20,11 @@ MIN_TOKENS = 64
 COMPENSATED_BITS = (2, 3, 4)
 """Widths that are offered with a compensator: from 5 bits on, more bits are the better use of the bytes."""
 FACTOR_BITS = 4
+MEASURED_BITS = 4
+"""Wider ones are extrapolated from this one, where it is on the menu, instead of quantised."""
+RATIO = 1.1
+"""An error of b > 4 bits over that of 4 bits is this times (15 / (2^b - 1))^2. Over 930 weights of a 106 M-weight model
+90 % of gptq's losses at 5, 6 and 8 bits lie within -6 and +15 % of it, and plans made with it cost the same."""
 PMQ_GROUP = 128
 PMQ_BITS = (1, 2, 3, 4)
 """Widths at which an expert's loss is measured with the quantiser that will be used."""
@@ -109,7 +114,18 @@ class CalibrationSettings:
         extra: Sequence[Width] = ()
         if ref.group == ROUTED and self.method != "rtn":
             extra = [(bits, PMQ_GROUP) for bits in PMQ_BITS]
-        return list(dict.fromkeys((*self.menu(ref), *extra, *((self.feed_width,) if self.replaces else ()))))
+        measured = [width for width in self.menu(ref) if width not in self.extrapolated(ref)]
+        return list(dict.fromkeys((*measured, *extra, *((self.feed_width,) if self.replaces else ()))))
+
+    def extrapolated(self, ref: WeightRef) -> dict[Width, tuple[Width, float]]:
+        """Width -> the width it is extrapolated from, and by what factor."""
+        if MEASURED_BITS not in self.bits:
+            return {}
+        return {
+            (bits, size): ((MEASURED_BITS, size), RATIO * ((2**MEASURED_BITS - 1) / (2**bits - 1)) ** 2)
+            for bits, size in self.menu(ref)
+            if bits > MEASURED_BITS
+        }
 
     @property
     def replaces(self) -> bool:

@@ -62,12 +62,14 @@ def measure_layer(
 
 
 def plain_errors(entry: Entry, settings: CalibrationSettings, rows: torch.Tensor | None) -> dict[str, float]:
-    """Label -> sum_n F_n (E M E^T)_nn of a weight at one width, alone and with compensators."""
-    menu = settings.menu(entry.ref)
-    if entry.width not in menu:
+    """Label -> sum_n F_n (E M E^T)_nn of a weight at one width, alone and with compensators, and at the widths that are
+    extrapolated from it."""
+    menu, extrapolated = settings.menu(entry.ref), settings.extrapolated(entry.ref)
+    if entry.width not in menu or entry.width in extrapolated:
         return {}
     loss = weighted_error(entry, rows)
     found = {menu[entry.width]: loss}
+    found |= {menu[wide]: ratio * loss for wide, (narrow, ratio) in extrapolated.items() if narrow == entry.width}
     if labels := settings.compensated(entry.ref, entry.width):
         moment = entry.job.site.moment if entry.job.fed else None
         left = compensated_losses(

@@ -40,17 +40,20 @@ class Walk:
         folder: str | Path,
         device: str | torch.device = "cpu",
         memory: int = 4 << 30,
-        batch: int = 1,
+        batch: int | None = None,
         fingerprint: str = "",
     ) -> None:
         """`memory` bytes are kept to, roughly: half for cached hidden states, half for the experts of a stage.
 
         On an accelerator they limit the hidden states alone, which stay in the host's memory; a stage takes half of
-        what the device has free. `batch` windows run at once. `fingerprint` is whatever else a continued run must
+        what the device has free. `batch` windows run at once, by default 1 on a CPU and 8 elsewhere, where one would
+        leave the device idle. `fingerprint` is whatever else a continued run must
         share with the first one, such as a digest of the source and the settings.
         Raises CalibrationError for a model that cannot be run or ids that it has no embedding for.
         """
         _check_ids(ids, source.reader.config)
+        if batch is None:
+            batch = 1 if torch.device(device).type == "cpu" else 8
         if memory < 0 or batch < 1:
             raise CalibrationError(f"memory is {memory} bytes and batch {batch}; they must be at least 0 and 1")
         self.folder, self.ids, self.device = Path(folder), ids, torch.device(device)
