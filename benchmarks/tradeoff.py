@@ -19,7 +19,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -86,14 +86,16 @@ def read_menus(source: Path, path: Path, device: str) -> dict[str, dict[str, flo
 
 
 def measure(source: Path, point: Point, texts: dict[str, str], base: dict[str, float], stats: Path | None,
-            device: str) -> list[dict[str, object]]:  # fmt: skip
+            windows: int | None, device: str) -> list[dict[str, object]]:  # fmt: skip
     """Compresses, loads and evaluates one point: a row for each text."""
     made = None if isinstance(point.how, Settings) else point.how()
     settings = point.how if isinstance(point.how, Settings) else None
     work = Path(tempfile.mkdtemp(prefix="moepress-tradeoff-"))
     try:
         begin = time.perf_counter()
-        result = compress_checkpoint(source, work / "out", settings, plan=made, statistics=stats, device=device)
+        result = compress_checkpoint(
+            source, work / "out", settings, plan=made, statistics=stats, windows=windows, device=device
+        )
         seconds = time.perf_counter() - begin
         found = evaluate(work / "out", texts, device)
     finally:
@@ -119,6 +121,12 @@ def rows() -> list[dict[str, str]]:
         return []
     with CSV.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def known_base(model: str, texts: Mapping[str, str]) -> dict[str, float] | None:
+    """The original's perplexities, where they were measured before."""
+    found = {row["text"]: float(row["ppl"]) for row in rows() if (row["model"], row["curve"]) == (model, "original")}
+    return {name: found[name] for name in texts} if set(texts) <= set(found) else None
 
 
 def append(new: list[dict[str, object]]) -> None:
@@ -162,6 +170,8 @@ def main() -> None:
     parser.add_argument("source", type=Path, nargs="?")
     parser.add_argument("--ppl", type=Path, action="append", default=[])
     parser.add_argument("--stats", type=Path)
+    parser.add_argument("--windows", type=int, help="fit to this many windows of the statistics' text")
+    parser.add_argument("--point", help="only points with this in their name")
     parser.add_argument("--menus", type=Path, default=Path("menus.json"), help="where data-free losses are kept")
     parser.add_argument("--only", help="curves, parted by commas, in the order to measure them")
     parser.add_argument("--device", default="cpu")
@@ -175,8 +185,9 @@ def main() -> None:
     where = {k: v for k, v in environment(given.device).items() if k != "peer"}
     texts = {path.stem: read_text(path) for path in given.ppl}
     head = {"model": given.source.name, "note": given.note, **where}
-    base = evaluate(given.source, texts, given.device)
-    append([head | {"curve": "original", "point": "bf16", "bpw": 16, "text": name, "ppl": f"{ppl:.4f}", "loss": 0}
+    base = known_base(given.source.name, texts) or evaluate(given.source, texts, given.device)
+    if not rows() or base != known_base(given.source.name, texts):
+        append([head | {"curve": "original", "point": "bf16", "bpw": 16, "text": name, "ppl": f"{ppl:.4f}", "loss": 0}
             for name, ppl in base.items()])  # fmt: skip
     done = {(row["curve"], row["point"]) for row in rows() if row["commit"] == where["commit"] != "dirty"}
     chosen = list(points(given.source, given.stats, given.menus, given.device))
@@ -184,12 +195,12 @@ def main() -> None:
         order = given.only.split(",")
         chosen = sorted((p for p in chosen if p.curve in order), key=lambda p: order.index(p.curve))
     for point in chosen:
-        if (point.curve, point.name) in done:
+        if (point.curve, point.name) in done or (given.point and given.point not in point.name):
             continue
         if time.monotonic() - begin > 60 * given.minutes:
             print(f"{given.minutes} minutes are over; run again for the rest", flush=True)
             return None
-        new = measure(given.source, point, texts, base, given.stats, given.device)
+        new = measure(given.source, point, texts, base, given.stats, given.windows, given.device)
         append([head | row for row in new])
         for row in new:
             print(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from moepress.checkpoint.writer import CheckpointWriter, Piece, refuse_existing,
 from moepress.errors import CheckpointError, PlanError, ReadError, WriteError
 from moepress.format.manifest import Manifest, bank_buckets
 from moepress.graph.view import WeightRef
-from moepress.measure.corpus import windows_digest
+from moepress.measure.corpus import evenly, windows_digest
 from moepress.measure.stats_folder import Stats
 from moepress.plan.plan import Plan, calibrated_weights, check_plan, manifest_of
 from moepress.plan.settings import Settings
@@ -51,6 +51,7 @@ def compress_checkpoint(
     statistics: str | Path | None = None,
     device: str | torch.device = "cpu",
     memory: int = 4 << 30,
+    windows: int | None = None,
     resume: bool = False,
     progress: Progress = silent,
 ) -> Result:
@@ -58,9 +59,9 @@ def compress_checkpoint(
 
     Takes settings or a ready plan. `frequencies` (bank name -> token counts) serve the frequency rank policy. Weights
     that gptq or compensated hqq compress are fitted to the text in `statistics` (a folder of `calibrate`; by default
-    the one the plan names), layer by layer in about `memory` bytes. The target appears only when it is complete;
-    `resume` continues a run that was cut off and ends in the same bytes. Raises CheckpointError, CalibrationError,
-    PlanError or ResumeError with nothing published.
+    the one the plan names), or to `windows` evenly spaced windows of it, layer by layer in about `memory` bytes. The
+    target appears only when it is complete; `resume` continues a run that was cut off and ends in the same bytes.
+    Raises CheckpointError, CalibrationError, PlanError or ResumeError with nothing published.
     """
     if not resume:
         refuse_existing(Path(target))  # before the source is measured and hashed, which can take minutes
@@ -68,7 +69,7 @@ def compress_checkpoint(
         plan = _resolve(src, settings, plan, frequencies or {}, device, progress)
         manifest = manifest_of(plan, src.graph)
         layout = layout_of(src, plan, manifest)
-        stats = _statistics(src, plan, statistics)
+        stats = _statistics(src, plan, statistics, windows)
         fingerprint = _fingerprint(src, plan, stats, device, progress)
         if resume and (errors := already_complete(Path(target), fingerprint)) is not None:
             remove_work(Path(target))
@@ -116,7 +117,7 @@ def _resolve(
     return plan
 
 
-def _statistics(src: Source, plan: Plan, folder: str | Path | None) -> Stats | None:
+def _statistics(src: Source, plan: Plan, folder: str | Path | None, windows: int | None) -> Stats | None:
     """The calibration that the plan needs, or None where it needs none."""
     wanted = calibrated_weights(plan)
     if not wanted:
@@ -127,7 +128,12 @@ def _statistics(src: Source, plan: Plan, folder: str | Path | None) -> Stats | N
             f"{wanted[0]} ({plan.method_of(wanted[0])}) and {len(wanted) - 1} more weights are fitted to calibration "
             "text; run `moepress calibrate SRC --text FILE -o stats/` and give --stats stats/, or use --method milo"
         )
-    return read_stats_of(folder, src)
+    stats = read_stats_of(folder, src)
+    if windows is None:
+        return stats
+    if not 1 <= windows <= len(stats.ids):
+        raise PlanError(f"--windows is {windows}; {folder} holds 1 to {len(stats.ids)} windows")
+    return replace(stats, ids=evenly(stats.ids, windows))
 
 
 def _compress_weights(

@@ -19,8 +19,9 @@ from walking import TOKENS, change, load, moment, plain_inputs, watching, window
 from moepress.errors import CalibrationError, CheckpointError, ResumeError
 from moepress.format.weight import affine
 from moepress.graph.view import ROUTED, WeightRef
-from moepress.measure.calibrate import calibrate, evenly
+from moepress.measure.calibrate import calibrate
 from moepress.measure.calibration import CalibrationSettings
+from moepress.measure.corpus import evenly
 from moepress.measure.gradients import predicted_loss
 from moepress.measure.probe import end_factors
 from moepress.measure.stats_folder import read_stats, recorded_kind

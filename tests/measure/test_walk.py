@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,34 @@ def test_neither_memory_nor_resuming_changes_a_byte(tiny: Tiny, tmp_path: Path) 
         assert walk.boundaries() == [0, 1, 2]
         assert run(walk, start=1) == found[0][1]
         assert run(walk) == found[0][1]
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+def test_states_that_stay_on_the_device_change_no_byte(
+    family: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for resident in (0, LARGE):
+        room = Walk._room
+        with monkeypatch.context() as patch, walking(tiny(family), tmp_path / str(resident)) as (walk, _):
+            patch.setattr(Walk, "_room", lambda self, n=resident, room=room: replace(room(self), resident_bytes=n))
+            moments: dict[str, bytes] = {}
+
+            def each(layer: Any, site: Any, moments: dict[str, bytes] = moments) -> None:
+                moments[site.refs[0].name] = site.moment.numpy().tobytes()
+                if site.refs[0].projection == "down" and site.refs[0].expert == 1:
+                    error = layer.expert_error(1, *(torch.zeros(ref.shape) for ref in _expert(layer, 1)))
+                    moments[f"error {layer.number}"] = str(error).encode()
+
+            all_stages(walk, each)
+            assert bool(list(walk.folder.glob("*.scratch*"))) is False
+            found.append((moments, (walk.folder / f"boundary-{LAYERS:05}.f32").read_bytes()))
+    assert found[0] == found[1]
+
+
+def _expert(layer: Any, expert: int) -> list[Any]:
+    own = {ref.projection: ref for ref in layer.refs if ref.expert == expert}
+    return [own[name] for name in ("gate", "up", "down")]
 
 
 def test_a_killed_walk_goes_on_from_its_last_boundary(tiny: Tiny, tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import moepress.quantize.grid as module
+from moepress.quantize.affine import MAX_INVERSE_SCALE, MAX_ZERO
 from moepress.quantize.grid import codes_of, fit_groups
 from moepress.quantize.rtn import rtn
 
@@ -50,9 +53,18 @@ def test_no_group_is_worse_than_by_min_and_max(bits: int, shape: tuple[int, int]
     group, k = shape
     weight, importance = draw(5, k, seed, tailed)
     found = errors(weight, importance, *fit(weight, importance, bits, group), bits, group)
-    plain = rtn("w", weight, bits, group)
-    # full range with rounded ends is the first candidate; RTN's zero is another fp16 number than its
-    assert (found <= 1.001 * errors(weight, importance, plain.scale, plain.zero, bits, group) + 1e-12).all()
+    whole, zero = (
+        torch.cat(each, 1) for each in zip(*map(partial(full_range, bits), weight.split(group, 1)), strict=True)
+    )
+    assert (found <= 1.001 * errors(weight, importance, whole, zero, bits, group) + 1e-12).all()
+
+
+def full_range(bits: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero of min/max [N, 1] in fp16, within the bounds of the format."""
+    low, high = rows.aminmax(dim=1, keepdim=True)
+    top, reach = 2**bits - 1, rows.abs().amax(1, keepdim=True)
+    scale = ((high - low) / top).clamp(min=1 / MAX_INVERSE_SCALE).maximum(reach / MAX_ZERO)
+    return scale.half(), (top / 2 - (high + low) / 2 / scale).half()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

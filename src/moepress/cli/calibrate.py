@@ -19,9 +19,8 @@ from moepress.evaluate.load import load_model
 from moepress.format.spec import WeightSpec
 from moepress.graph.view import ModelGraph
 from moepress.measure.calibrate import calibrate as run_calibration
-from moepress.measure.calibrate import evenly
 from moepress.measure.calibration import CalibrationSettings
-from moepress.measure.corpus import read_windows
+from moepress.measure.corpus import evenly, read_windows
 from moepress.measure.gradients import squared_gradients
 from moepress.measure.stats_folder import recorded_kind
 from moepress.plan.plan import label_of

@@ -47,6 +47,7 @@ def compress(
     iterations: opt.Iterations = None, refit: opt.Refit = None, keep: opt.Keep = None,
     frequencies: opt.Frequencies = None, gamma: opt.Gamma = None, scope: opt.Scope = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was cut off.")] = False,
+    windows: opt.Windows = None,
     memory: Memory = "4GB", device: Device = "auto", json: Json = False,
 ) -> None:  # fmt: skip
     """Compress a checkpoint folder into a new one."""
@@ -56,7 +57,7 @@ def compress(
         iterations=iterations, refit=refit, keep=keep, frequencies=frequencies, gamma=gamma, scope=scope,
     )  # fmt: skip
     options: dict[str, Any] = {"device": pick_device(device), "resume": resume, "progress": console}
-    options |= {"statistics": stats, "memory": parse_memory(memory)}
+    options |= {"statistics": stats, "memory": parse_memory(memory), "windows": windows}
     if plan is not None:
         asked.only({"--method", "--stats"}, "--plan already decides everything; edit the plan instead")
         made, settings, counts = _with_method(Plan.from_json(read_text(plan)), method), None, {}

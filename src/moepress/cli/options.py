@@ -46,6 +46,7 @@ Refit = Annotated[bool | None, typer.Option("--refit/--no-refit", help="Refit th
 Keep = Annotated[list[str] | None, typer.Option(help="Leave these as they are: a name pattern, a role (attn.q) or a "
                                                      "group (attn, shared, mlp, expert). Repeatable.")]  # fmt: skip
 Frequencies = Annotated[Path | None, typer.Option(help="Expert frequencies, as `moepress profile` writes them.")]
+Windows = Annotated[int | None, typer.Option(help="Fit to this many windows of the calibration text, not all.")]
 Gamma = Annotated[float | None, typer.Option(help="PMQ's exponent of the error: 1 as in its code (default), 2 as in "
                                                   "its paper.")]  # fmt: skip
 Scope = Annotated[str | None, typer.Option(help="PMQ: layer (default), one average for every layer, or global.")]

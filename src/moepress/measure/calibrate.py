@@ -104,12 +104,6 @@ def calibrate(
     return statistics
 
 
-def evenly(ids: torch.Tensor, count: int) -> torch.Tensor:
-    """At most `count` of the windows [windows, length], evenly spaced."""
-    count = min(count, len(ids))
-    return ids[[number * len(ids) // count for number in range(count)]]
-
-
 def _measure(layer: LayerPass, settings: CalibrationSettings, rows: Rows | None, advance: Advance) -> Part:
     if rows is not None:
         return Part(statistics=measure_layer(layer, settings, rows, FISHER_FACTOR, advance), attn_o=None)

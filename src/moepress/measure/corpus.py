@@ -68,6 +68,12 @@ def read_windows(
     return torch.tensor(rows, dtype=torch.int64)
 
 
+def evenly(ids: torch.Tensor, count: int) -> torch.Tensor:
+    """At most `count` of the windows [windows, length], evenly spaced."""
+    count = min(count, len(ids))
+    return ids[[number * len(ids) // count for number in range(count)]]
+
+
 def windows_digest(ids: torch.Tensor) -> str:
     """sha256 of the shape and the ids, for the record."""
     body = ids.to("cpu", torch.int64).contiguous()

@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 from moepress.errors import CalibrationError
 from moepress.graph.view import WeightRef
 from moepress.measure.hidden import HiddenStates
+from moepress.measure.resident import ResidentStates
 from moepress.measure.routing import RoutingRecord
 from moepress.measure.site import Chunk, Site, stage
 
@@ -28,8 +29,8 @@ class RoutedExperts:
         self,
         refs: tuple[WeightRef, ...],
         record: RoutingRecord,
-        inputs: HiddenStates,
-        outputs: HiddenStates,
+        inputs: HiddenStates | ResidentStates,
+        outputs: HiddenStates | ResidentStates,
         act_fn: Callable[[torch.Tensor], torch.Tensor],
         load: Callable[[WeightRef], torch.Tensor],
         device: torch.device,
@@ -79,7 +80,7 @@ class RoutedExperts:
         for expert in range(self._record.num_experts):
             self._add_output(expert)
 
-    def sensitivities(self, expert: int, outer: HiddenStates) -> dict[str, torch.Tensor]:
+    def sensitivities(self, expert: int, outer: HiddenStates | ResidentStates) -> dict[str, torch.Tensor]:
         """Weight name -> mean squared gradient of its rows, float32 [N] on the CPU; zeros if no token comes.
 
         `outer` [windows, T, D] are the gradients at the sum of the experts' outputs. The mean is over the tokens, for

@@ -20,11 +20,13 @@ from moepress.graph.view import ROUTED, WeightRef
 from moepress.measure.experts import RoutedExperts
 from moepress.measure.hidden import HiddenStates, Pool
 from moepress.measure.probe import Probe
+from moepress.measure.resident import ResidentStates
 from moepress.measure.routing import Routing, RoutingRecord
 from moepress.measure.site import Chunk, Site, stage
 from moepress.measure.skeleton import Call, Skeleton
 from moepress.measure.taps import Reached, forward_as, input_of
 
+Scratch = HiddenStates | ResidentStates
 _FIRST = ("attn.q", "attn.q_a", "attn.k", "attn.v", "attn.kv_a")
 _LATENT = ("attn.q_b", "attn.kv_b")
 
@@ -39,15 +41,21 @@ class Room:
     windows: int
     length: int
     batch: int
+    device: torch.device
+    resident_bytes: int
+    """What scratch states on the device may take, each; 0 keeps them on the host."""
 
     def batches(self) -> Iterator[tuple[int, int]]:
         """First and last + 1 window of each run of the layer."""
         for first in range(0, self.windows, self.batch):
             yield first, min(first + self.batch, self.windows)
 
-    def scratch(self, name: str, columns: int, windows: int | None = None) -> HiddenStates:
+    def scratch(self, name: str, columns: int, windows: int | None = None) -> Scratch:
         count = self.windows if windows is None else windows
-        return HiddenStates(self.folder / f"{name}.scratch", (count, self.length, columns), self.pool)
+        shape = (count, self.length, columns)
+        if 4 * count * self.length * columns <= self.resident_bytes:
+            return ResidentStates(shape, self.device)
+        return HiddenStates(self.folder / f"{name}.scratch", shape, self.pool)
 
 
 class LayerPass:
@@ -62,9 +70,9 @@ class LayerPass:
         """What the next layer reads, once `finish` is done."""
         self._source, self._device = skeleton.source, skeleton.device
         self._layer, self._room, self._call, self._in = skeleton.load_layer(number), room, call, states
-        self._a: HiddenStates | None = None
-        self._m: HiddenStates | None = None
-        self._x: HiddenStates | None = None
+        self._a: Scratch | None = None
+        self._m: Scratch | None = None
+        self._x: Scratch | None = None
         self._experts: RoutedExperts | None = None
         self._routing: Routing | None = None
         self.residual = self._mean_square()
@@ -184,7 +192,7 @@ class LayerPass:
 
     # ---------------------------------------------------------------------------------------------- inputs
 
-    def _read(self, states: HiddenStates, first: int, last: int) -> torch.Tensor:
+    def _read(self, states: Scratch, first: int, last: int) -> torch.Tensor:
         return states.read(first, last).to(self._device)
 
     def _run(self, hidden: torch.Tensor) -> Any:
@@ -197,7 +205,7 @@ class LayerPass:
         for first, last in self._room.batches():
             yield tap(self._read(self._in, first, last)).flatten(0, -2), None
 
-    def _stored(self, states: HiddenStates) -> Iterator[Chunk]:
+    def _stored(self, states: Scratch) -> Iterator[Chunk]:
         for first, last in self._room.batches():
             yield self._read(states, first, last).flatten(0, 1), None
 

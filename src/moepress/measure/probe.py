@@ -37,6 +37,7 @@ from moepress.errors import CalibrationError
 from moepress.graph.view import ROUTED, WeightRef
 from moepress.measure.experts import RoutedExperts
 from moepress.measure.hidden import HiddenStates
+from moepress.measure.resident import ResidentStates
 from moepress.measure.routing import RoutingRecord
 from moepress.measure.skeleton import Layer
 from moepress.measure.taps import forward_as
@@ -62,13 +63,13 @@ class Probe:
     def __init__(
         self,
         layer: Layer,
-        inputs: HiddenStates,
+        inputs: HiddenStates | ResidentStates,
         device: torch.device,
         *,
         run: Callable[[torch.Tensor], torch.Tensor],
         route: Callable[[torch.Tensor, RoutingRecord], None],
         load: Callable[[WeightRef], torch.Tensor],
-        scratch: Callable[[str, int, int], HiddenStates],
+        scratch: Callable[[str, int, int], HiddenStates | ResidentStates],
     ) -> None:
         """`run` is the whole layer, `route` notes where the router sends a block's input, `load` reads a weight, and
         `scratch` makes hidden states from a name, their columns and their windows."""

@@ -45,7 +45,7 @@ class Walk:
     ) -> None:
         """`memory` bytes are kept to, roughly: half for cached hidden states, half for the experts of a stage.
 
-        On an accelerator they limit the hidden states alone, which stay in the host's memory; a stage takes half of
+        On an accelerator they limit what the host holds of hidden states between layers; a stage takes half of
         what the device has free. `batch` windows run at once, by default 1 on a CPU and 8 elsewhere, where one would
         leave the device idle. `fingerprint` is whatever else a continued run must
         share with the first one, such as a digest of the source and the settings.
@@ -110,10 +110,14 @@ class Walk:
 
     def _room(self) -> Room:
         """What a layer's pass may use now."""
-        stage = self._memory - self._memory // 2
+        stage, resident = self._memory - self._memory // 2, 0
         if self.device.type == "cuda":
-            stage = torch.cuda.mem_get_info(self.device)[0] // 2
-        return Room(self.folder, self._pool, stage, self._shape[0], self._shape[1], self._batch)
+            free = torch.cuda.mem_get_info(self.device)[0]
+            # three scratch states may live at once, with room for the layer between a stage and them
+            stage, resident = free // 2, free // 10
+        return Room(
+            self.folder, self._pool, stage, self._shape[0], self._shape[1], self._batch, self.device, resident
+        )  # fmt: skip
 
     def _path(self, boundary: int) -> Path:
         return self.folder / f"boundary-{boundary:05}.f32"

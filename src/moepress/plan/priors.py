@@ -38,7 +38,10 @@ def priors(graph: ModelGraph, config: Mapping[str, object]) -> dict[str, float]:
     for ref in routed:
         experts[ref.layer] = max(experts[ref.layer], 1 + (ref.expert or 0))
     shared = {ref.layer for ref in graph.weights if ref.group == "shared"}
-    ends = {min((ref.layer for ref in graph.weights), default=0), max((ref.layer for ref in graph.weights), default=0)}
+    depth = config.get("num_hidden_layers")
+    # next-token layers come after the last one
+    layers = [ref.layer for ref in graph.weights if not isinstance(depth, int) or ref.layer < depth]
+    ends = {min(layers, default=0), max(layers, default=0)}
     top_k = _top_k(config) if routed else 1
 
     def factor(ref: WeightRef) -> float:
