@@ -14,15 +14,17 @@ import torch
 from safetensors.torch import save_file
 
 import moepress
+import moepress.planning as module
 from moepress.errors import CalibrationError, PlanError
 from moepress.format.spec import WeightSpec, check_shape
 from moepress.graph.view import ROUTED, WeightRef
 from moepress.measure.corpus import windows_digest
 from moepress.measure.stats_folder import STATISTICS, TOKENS
 from moepress.plan.compare import NOTE
+from moepress.plan.joint import Menus, plan_joint
 from moepress.plan.plan import label_of
 from moepress.plan.statistics import ExpertStats, Statistics
-from moepress.planning import plan_budget, plan_by_pmq
+from moepress.planning import data_free_menus, plan_budget, plan_by_pmq
 from moepress.source import Source, open_source
 from tiny import EXPERTS, FAMILIES, FUSED, edit_json, fingerprint, tokens
 
@@ -52,14 +54,15 @@ def sources(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
 
 @pytest.fixture(scope="module")
 def planned(sources: Callable[[str], Path]) -> Planned:
-    """planned(family, budget, **arguments of plan_budget) -> the data-free plan, made once."""
-    made: dict[str, moepress.Plan] = {}
+    """planned(family, budget, **arguments of plan_budget) -> the data-free plan; what it goes by is measured once."""
+    menus: dict[str, Menus] = {}
 
-    def get(family: str, budget: str, **given: Any) -> moepress.Plan:
-        key = repr((family, budget, sorted(given.items())))
-        if key not in made:
-            made[key] = plan_budget(sources(family), budget, **(QUICK | given))
-        return made[key]
+    def get(family: str, budget: str, keep: tuple[str, ...] = (), **given: Any) -> moepress.Plan:
+        key = repr((family, sorted(given.items())))
+        if key not in menus:
+            with open_source(sources(family)) as src:
+                menus[key] = data_free_menus(src, **(QUICK | given))
+        return plan_budget(sources(family), budget, keep=keep, menus=menus[key])
 
     return get
 
@@ -83,7 +86,7 @@ def test_bits_keep_to_the_budget_and_more_of_them_lose_less(
     family: str, sources: Callable[[str], Path], planned: Planned
 ) -> None:
     losses = []
-    for asked in (2.6, 3.0, 3.5, 4.25, 6.0, 8.6):
+    for asked in (2.6, 3.0, 4.25, 8.6):
         plan = planned(family, f"{asked}bpw")
         # an item is an expert's gate and up at most, of thirty and more
         assert 0.9 * asked < bpw(plan, sources(family)) <= asked
@@ -97,7 +100,7 @@ def test_files_are_no_larger_than_the_budget(
 ) -> None:
     smallest = planned(family, "2.6bpw").notes["predicted"]["file_bytes"]
     losses = []
-    for number, size in enumerate((smallest, smallest + 1, int(1.05 * smallest), int(1.2 * smallest))):
+    for number, size in enumerate((smallest, smallest + 1, int(1.15 * smallest))):
         plan = planned(family, f"{size}B")
         moepress.compress_checkpoint(sources(family), tmp_path / f"{number}", plan=plan)
         found = sum(path.stat().st_size for path in (tmp_path / f"{number}").glob("*.safetensors"))
@@ -180,11 +183,15 @@ def test_a_config_without_top_k_is_told(tiny: Tiny) -> None:
         plan_budget(tiny("deepseek"), "3bpw", **QUICK)
 
 
-def test_a_budget_just_out_of_reach_says_what_is_in_reach(sources: Callable[[str], Path], planned: Planned) -> None:
+def test_a_budget_just_out_of_reach_is_told_at_once(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
     least = planned("olmoe", "3.0bpw", bits=(2,), group_sizes=(32,)).notes["predicted"]["file_bytes"]
     assert planned("olmoe", f"{least}B", bits=(2,), group_sizes=(32,))
-    with pytest.raises(PlanError, match="budget"):
-        planned("olmoe", f"{least - 1}B", bits=(2,), group_sizes=(32,))
+    with monkeypatch.context() as patch:
+        calls = []
+        patch.setattr(module, "plan_joint", lambda *a, **k: calls.append(a) or plan_joint(*a, **k))
+        with pytest.raises(PlanError, match="budget"):
+            planned("olmoe", f"{least - 1}B", bits=(2,), group_sizes=(32,))
+    assert len(calls) == 2, "a plan that is a byte too large is not made again for every byte of the headers"
 
 
 # ---------------------------------------------------------------------------------------------- with statistics

@@ -157,10 +157,12 @@ def _fit(
     allowed = budget.bytes_for(numel, copied)
     while True:
         plan = plan_joint(src.graph, src.digest, menus, allowed, keep=kept, notes=notes)
-        over = layout_of(src, plan, manifest_of(plan, src.graph)).file_bytes - (budget.total_bytes or 0)
+        layout = layout_of(src, plan, manifest_of(plan, src.graph))
+        over = layout.file_bytes - (budget.total_bytes or 0)
         if budget.total_bytes is None or over <= 0:
             return plan
-        allowed -= over  # what the shards' headers take, which depends on the plan
+        # what the shards' headers take, which depends on the plan; from what it used, or the same plan might come again
+        allowed = layout.tensor_bytes - copied - over
 
 
 def data_free_menus(

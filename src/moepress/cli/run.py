@@ -120,10 +120,10 @@ def profile(
 
 @app.command()
 def demo(device: Device = "cpu", json: Json = False) -> None:
-    """Compress the embedded model with RTN, HQQ and MiLo at 3 bits and show what each costs."""
+    """Compress the embedded model with RTN, HQQ and MiLo at 3 bits, and within a budget, and show what each costs."""
     rows = run_demo(pick_device(device), console)
     shown = [(r["name"], f"{r['bpw']:.3f}", f"{r['bytes']:,}", f"{r['ppl']:.2f}", r["text"]) for r in rows]
-    table("the embedded model at 3 bits", ("weights", "bits/weight", "bytes", "perplexity", "greedy text"), shown,
+    table("the embedded model", ("weights", "bits/weight", "bytes", "perplexity", "greedy text"), shown,
           text=(0, 4))  # fmt: skip
     finish(json, {"rows": rows})
 

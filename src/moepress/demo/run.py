@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job on the embedded model: a small Mixture of Experts trained on public-domain novels, compressed three
-ways at 3 bits, and what each costs on an excerpt that it was not trained on."""
+"""The main job on the embedded model: a small Mixture of Experts trained on public-domain novels, compressed by
+three methods at 3 bits and by a budget of the same bytes, and what each costs on an excerpt that it was not trained
+on."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from moepress.evaluate.perplexity import perplexity, read_text
 from moepress.evaluate.sizes import folder_sizes
 from moepress.pipeline import compress_checkpoint
 from moepress.plan.settings import Settings
+from moepress.planning import plan_budget
 from moepress.progress import Progress, silent
 
 HERE = Path(__file__).parent
@@ -28,6 +30,8 @@ RECIPES = {
     # the MiLo preset's proportions on a hidden size of 256; INT3 factors as in the paper
     "MiLo": Settings(method="milo", ranks="dense-32+kurtosis-4", iterations=10),
 }
+BUDGET = "3.5bpw"
+"""What RTN and HQQ take at 3 bits in groups of 64."""
 
 
 def run_demo(device: torch.device, progress: Progress = silent) -> list[dict[str, Any]]:
@@ -38,6 +42,9 @@ def run_demo(device: torch.device, progress: Progress = silent) -> list[dict[str
             target = Path(folder) / name
             compress_checkpoint(MODEL, target, settings, device=device, progress=progress)
             rows.append(_measure(name, target, device))
+        plan = plan_budget(MODEL, BUDGET, device=device, progress=progress)
+        compress_checkpoint(MODEL, Path(folder) / "budget", plan=plan, device=device, progress=progress)
+        rows.append(_measure(f"--budget {BUDGET}", Path(folder) / "budget", device))
     return rows
 
 
