@@ -59,7 +59,7 @@ def points(source: Path, stats: Path | None, menus: Path, device: str) -> Iterat
         for bits, group in UNIFORM:
             yield Point(method, f"b{bits}g{group}", Settings(method=method, bits=bits, group_size=group))
     for bits, ranks, factor_bits in ((3, "dense-64", 3), (3, "dense-64", 4), (3, "dense-16", 3), (2, "dense-64", 3)):
-        settings = Settings(bits=bits, ranks=ranks, factor_bits=factor_bits)
+        settings = Settings(bits=bits, ranks=ranks, factor_bits=factor_bits, iterations=20)
         yield Point("milo", f"b{bits} {ranks} f{factor_bits}", settings)
 
     def free(budget: str) -> Plan:

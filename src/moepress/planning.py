@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from moepress.checkpoint.layout import Layout, lay_out
 from moepress.errors import PlanError
 from moepress.format.manifest import Manifest
 from moepress.format.spec import WeightSpec
+from moepress.measure.energy import routed_energy
 from moepress.measure.reconstruction import relative_errors
 from moepress.measure.stats_folder import Stats, read_stats
 from moepress.measure.weights import excess_kurtosis
@@ -177,12 +179,20 @@ def data_free_menus(
     """Weight name -> label -> predicted loss, from the weights alone (moepress.plan.priors)."""
     if method in CALIBRATED:
         raise PlanError(f"method {method} needs statistics; run `moepress calibrate` and give --stats FOLDER")
-    worth = priors(src.graph, src.reader.config)
+    depth = src.reader.config.get("num_hidden_layers")
+    energy = routed_energy(src.graph, src.reader.config, src.weight, partial(_gains, src))
+    worth = priors(src.graph, energy, depth if isinstance(depth, int) else None)
     specs = [WeightSpec(bits=b, group_size=g) for b in bits for g in group_sizes]
     choices = {label_of(method, spec): (method, spec) for spec in specs}
     refs = [ref for ref in src.graph.weights if ref.name not in kept]
     errors = relative_errors(refs, src.weight, choices, device=torch.device(device), progress=progress)
     return {name: {label: worth[name] * error for label, error in own.items()} for name, own in errors.items()}
+
+
+def _gains(src: Source, layer: int) -> torch.Tensor | None:
+    """Of the norm before a layer's MLP block, under the name that all families give it."""
+    name = f"model.layers.{layer}.post_attention_layernorm.weight"
+    return src.reader.load_float(name).float() if name in src.reader.tensors else None
 
 
 def _measured_menus(stats: Stats, method: str | None) -> dict[str, dict[str, float]]:

@@ -4,17 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
-from moepress.errors import PlanError
 from moepress.graph.families import family_of
 from moepress.graph.view import ModelGraph, build_graph
 from moepress.plan.priors import priors
 
 Mixtral = Callable[..., ModelGraph]
-TOP_2 = {"num_experts_per_tok": 2, "num_hidden_layers": 4}
+ALIKE = dict.fromkeys(range(5), 1.0)
 
 
 @pytest.fixture
@@ -31,42 +29,32 @@ def deepseek() -> ModelGraph:
 
 
 def test_a_plain_model(mixtral: Mixtral) -> None:
-    found = priors(mixtral(layers=4, experts=8), TOP_2)
+    found = priors(mixtral(layers=4, experts=8), ALIKE)
     assert len(found) == 4 * (4 + 8 * 3)
     for layer in range(4):
         own = f"model.layers.{layer}"
         assert [found[f"{own}.self_attn.{x}_proj.weight"] for x in "qkvo"] == [1, 2, 4, 1]
-        end = 4 if layer in (0, 3) else 1
+        end = {0: 4, 3: 2}.get(layer, 1)
         for expert in (0, 7):
             names = [f"{own}.block_sparse_moe.experts.{expert}.{x}.weight" for x in ("w1", "w3", "w2")]
-            assert [found[name] for name in names] == [end / 8, 1.5 * end / 8, 2 * end / 8]
+            assert [found[name] for name in names] == [end / 16, end / 16, end / 8]
 
 
-def test_shared_experts_take_their_share_and_the_next_token_layer_is_no_end(deepseek: ModelGraph) -> None:
-    found = priors(deepseek, TOP_2)
+def test_routed_experts_count_by_their_energy_and_the_next_token_layer_is_no_end(deepseek: ModelGraph) -> None:
+    found = priors(deepseek, {1: 0.5, 2: 1.0, 3: 3.0, 4: 1.0}, depth=4)
     for layer in range(5):
-        own, end = f"model.layers.{layer}", 4 if layer in (0, 3) else 1
+        own, end = f"model.layers.{layer}", {0: 4, 3: 2}.get(layer, 1)
         attention = [found[f"{own}.self_attn.{x}.weight"] for x in ("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj")]
         assert attention == [1, 4, 4]
         if layer == 0:
             assert found[f"{own}.mlp.down_proj.weight"] == 2 * end
         else:
-            assert found[f"{own}.mlp.shared_experts.up_proj.weight"] == 1.5 * end
-            assert found[f"{own}.mlp.experts.5.gate_proj.weight"] == pytest.approx(end / 8 / 3)
-    assert priors(deepseek, {"num_experts_per_tok": 7})["model.layers.1.mlp.experts.0.gate_proj.weight"] == 1 / 8 / 8
+            assert found[f"{own}.mlp.shared_experts.up_proj.weight"] == end
+            energy = {1: 0.5, 3: 3.0}.get(layer, 1.0)
+            assert found[f"{own}.mlp.experts.5.gate_proj.weight"] == pytest.approx(energy * end / 16)
 
 
-@pytest.mark.parametrize("key", ["num_experts_per_tok", "top_k", "num_experts_per_token"])
-def test_every_spelling_of_top_k_is_known(key: str, deepseek: ModelGraph) -> None:
-    assert priors(deepseek, {key: 3})["model.layers.1.mlp.experts.0.gate_proj.weight"] == 1 / 8 / 4
-
-
-@pytest.mark.parametrize("config", [{}, *({"num_experts_per_tok": x} for x in (None, 0, -1, 2.0, "2", True))])
-def test_a_missing_top_k_is_told(config: dict[str, Any], mixtral: Mixtral) -> None:
-    with pytest.raises(PlanError, match=r"config\.json says .* num_experts_per_tok of at least 1"):
-        priors(mixtral(), config)
-
-
-def test_a_dense_model_needs_no_top_k(deepseek: ModelGraph) -> None:
+def test_a_model_without_experts(deepseek: ModelGraph) -> None:
     tensors = {ref.name: ("BF16", ref.shape) for ref in deepseek.weights if ref.layer == 0}
-    assert set(priors(build_graph(deepseek.family, tensors), {}).values()) == {1, 4, 6, 8}
+    # one layer is the first and the last
+    assert set(priors(build_graph(deepseek.family, tensors), {}).values()) == {1, 2, 4}
