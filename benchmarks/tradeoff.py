@@ -66,12 +66,12 @@ def points(source: Path, stats: Path | None, menus: Path, device: str) -> Iterat
         return plan_budget(source, budget, menus=read_menus(source, menus, device))
 
     budgets = [f"{target}bpw" for target in (*TARGETS, BYTE_REFERENCE)]
-    yield from (Point("joint, no data", budget, partial(free, budget)) for budget in budgets)
+    yield from (Point("joint (no data)", budget, partial(free, budget)) for budget in budgets)
     if stats:
         for method in ("hqq", "gptq"):
             settings = Settings(method=method, ranks="dense-64", factor_bits=4)
             yield Point(f"{method} + whitened", "b3 dense-64 f4", settings)
-        for label in (2.69, 2.75, 2.87, 3.0, 3.25, 3.5):
+        for label in (2.5, 2.69, 2.75, 3.0, 3.25, 3.5):
             yield Point("pmq", f"label {label}", partial(plan_by_pmq, source, label, statistics=stats))
         for budget in budgets:
             yield Point("joint", budget, partial(plan_budget, source, budget, statistics=stats))
