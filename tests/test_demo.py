@@ -30,12 +30,13 @@ def test_the_excerpt_is_the_one_that_was_measured() -> None:
 
 
 @pytest.mark.slow
-def test_four_rows_of_known_sizes(rows: dict[str, dict[str, Any]]) -> None:
-    assert list(rows) == ["original (bf16)", "RTN", "HQQ", "MiLo"]
+def test_five_rows_of_known_sizes(rows: dict[str, dict[str, Any]]) -> None:
+    assert list(rows) == ["original (bf16)", "RTN", "HQQ", "MiLo", "--budget 3.5bpw"]
     assert rows["original (bf16)"]["bpw"] == 16
     # 3 bits and two fp16 numbers for 64 weights, at no padding
     assert rows["RTN"]["bpw"] == rows["HQQ"]["bpw"] == 3.5
     assert 3.5 < rows["MiLo"]["bpw"] < 4.5
+    assert 3.499 < rows["--budget 3.5bpw"]["bpw"] <= 3.5
     assert rows["original (bf16)"]["bytes"] == 2 * 5_582_080
     assert rows["RTN"]["bytes"] == rows["HQQ"]["bytes"] < rows["MiLo"]["bytes"] < rows["original (bf16)"]["bytes"] / 2
 
@@ -45,6 +46,8 @@ def test_compensators_win_accuracy_back(rows: dict[str, dict[str, Any]]) -> None
     ppl = {name: row["ppl"] for name, row in rows.items()}
     assert ppl["original (bf16)"] < ppl["MiLo"] < ppl["HQQ"]
     assert ppl["MiLo"] < ppl["RTN"]
+    # the same bytes, better spent
+    assert ppl["original (bf16)"] < ppl["--budget 3.5bpw"] < min(ppl["HQQ"], ppl["RTN"])
     # the model card's figure is of bfloat16, this is float32
     assert ppl["original (bf16)"] == pytest.approx(29.39, rel=0.01)
     for row in rows.values():
