@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import moepress
-from moepress import pipeline
+from moepress import planning
 from moepress.checkpoint.layout import lay_out
 from moepress.errors import CheckpointError, MoepressError
 from moepress.source import open_source
@@ -211,7 +211,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pat
         folder = tmp_path_factory.mktemp(family)
         source = tiny_checkpoint(folder / "source", family, shards=2, vocab_size=32)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "lay_out", partial(lay_out, max_shard_bytes=40_000))
+            patch.setattr(planning, "lay_out", partial(lay_out, max_shard_bytes=40_000))
             moepress.compress_checkpoint(source, folder / "target", SETTINGS)
         assert len(list((folder / "target").glob("*.safetensors"))) > 1
         made[family] = (source, folder / "target")
