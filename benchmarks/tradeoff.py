@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perplexity against stored bits per weight: RTN, HQQ, GPTQ, MiLo, PMQ and the joint planner with and without data.
+"""Perplexity against stored bits a weight: RTN, HQQ, MSE, GPTQ, MiLo, PMQ and the joint planner with and without data.
 
     python benchmarks/tradeoff.py SRC --ppl FILE [--ppl FILE ...] --stats DIR --menus FILE [--only joint,pmq]
                                   [--device cuda]
@@ -55,7 +55,7 @@ class Point:
 
 def points(source: Path, stats: Path | None, menus: Path, device: str) -> Iterator[Point]:
     """All points, cheapest curves first; those that need statistics only where there are some."""
-    for method in ("rtn", "hqq", *(("gptq",) if stats else ())):
+    for method in ("rtn", "hqq", "mse", *(("gptq",) if stats else ())):
         for bits, group in UNIFORM:
             yield Point(method, f"b{bits}g{group}", Settings(method=method, bits=bits, group_size=group))
     for bits, ranks, factor_bits in ((3, "dense-64", 3), (3, "dense-64", 4), (3, "dense-16", 3), (2, "dense-64", 3)):

@@ -182,7 +182,7 @@ def test_odd_tensor_names_are_no_error(tiny: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("values", "words"), [
-    ({"method": "awq"}, "method 'awq' is unknown; choose one of rtn, hqq, milo, gptq"),
+    ({"method": "awq"}, "method 'awq' is unknown; choose one of rtn, hqq, milo, mse, gptq"),
     ({"method": "hqq", "bits": 7}, "bits 7 is not supported; choose one of 1, 2, 3"),
     ({"method": "hqq", "bits": 0}, "bits 0 is not supported"),
     ({"method": "hqq", "group_size": 48}, "group_size 48 is not supported; choose one of 32, 64, 128"),

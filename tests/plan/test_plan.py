@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 from moepress.errors import PlanError
 from moepress.format.spec import WeightSpec
 from moepress.graph.view import ROUTED, ModelGraph
-from moepress.plan.plan import Plan, check_plan, label_of, make_plan, manifest_of, parse_label, source_digest
+from moepress.plan.plan import (
+    COMPENSATED,
+    Plan,
+    check_plan,
+    label_of,
+    make_plan,
+    manifest_of,
+    parse_label,
+    source_digest,
+)  # fmt: skip
 from moepress.plan.ranks import Evidence
 from moepress.plan.settings import MAX_ITERATIONS, METHODS, Settings
 from strategies import weight_specs
@@ -36,7 +45,7 @@ def plans_of(draw: st.DrawFn) -> Plan:
     weights = draw(st.dictionaries(names, st.none() | weight_specs(), max_size=8))
     overridable = [name for name, spec in weights.items() if spec]
     methods = {name: draw(st.sampled_from(METHODS)) for name in overridable if draw(st.booleans())}
-    methods = {name: method for name, method in methods.items() if method != "rtn" or not weights[name].rank}
+    methods = {name: method for name, method in methods.items() if method in COMPENSATED or not weights[name].rank}
     head = (draw(st.text(max_size=10)), draw(st.sampled_from(METHODS)), draw(st.integers(0, MAX_ITERATIONS)))
     return Plan(*head, draw(st.booleans()), weights, draw(notes), methods)
 
@@ -82,7 +91,7 @@ def test_a_method_for_what_is_not_compressed_is_refused(name: str) -> None:
 
 @given(weight_specs(), st.sampled_from(METHODS))
 def test_parse_label_is_the_inverse_of_label_of(spec: WeightSpec, method: str) -> None:
-    if spec.rank and method == "rtn":
+    if spec.rank and method not in COMPENSATED:
         with pytest.raises(PlanError, match="needs one of the methods"):
             parse_label(label_of(method, spec))
     else:

@@ -28,7 +28,7 @@ Stats = Annotated[Path | None, typer.Option(help="Statistics of `moepress calibr
                                                  "the text that gptq is fitted to.")]  # fmt: skip
 Preset = Annotated[str | None, typer.Option(help="milo-s1 (the default), milo-s2: the MiLo paper's settings; pmq: "
                                                  "MC#'s, with --bits 2.54 and --stats.")]  # fmt: skip
-Method = Annotated[str | None, typer.Option(help="rtn, hqq, milo, gptq (needs --stats) or gptq-mcmoe.")]
+Method = Annotated[str | None, typer.Option(help="rtn, hqq, milo, mse, gptq (needs --stats) or gptq-mcmoe.")]
 Bits = Annotated[float | None, typer.Option(help="1 to 6, or 8; with --preset pmq the average, such as 2.54.")]
 GroupSize = Annotated[int | None, typer.Option(help="Inputs that share a scale and a zero: 32, 64 or 128.")]
 DenseRank = Annotated[int | None, typer.Option(help="Compensator rank of attention, shared experts and dense MLPs.")]

@@ -24,7 +24,7 @@ from moepress.errors import PlanError
 from moepress.format.spec import FACTOR_BITS, WeightSpec
 from moepress.plan.ranks import parse_policy
 
-METHODS = ("rtn", "hqq", "milo", "gptq", "gptq-mcmoe")
+METHODS = ("rtn", "hqq", "milo", "mse", "gptq", "gptq-mcmoe")
 CALIBRATED = ("gptq", "gptq-mcmoe")
 """Methods that round with calibration statistics; the second is the variant that MC-MoE released."""
 PRESETS = ("milo-s1", "milo-s2")
@@ -37,7 +37,8 @@ class Settings:
     """One recipe for a whole model. Unknown or contradictory values raise PlanError."""
 
     method: str = "milo"
-    """rtn; hqq; milo (HQQ alternating with compensators); gptq, which needs statistics, as hqq with ranks does."""
+    """rtn; hqq; milo (HQQ alternating with compensators); mse (each group's least squared error); gptq, which needs
+    statistics, as hqq with ranks does."""
     bits: int = 3
     group_size: int = 64
     ranks: str = "uniform-0"
@@ -63,8 +64,8 @@ class Settings:
         if not 0 <= self.iterations <= MAX_ITERATIONS:
             raise PlanError(f"iterations {self.iterations} is not between 0 and {MAX_ITERATIONS}")
         ranked = any(term.amount for term in parse_policy(self.ranks))
-        if ranked and self.method == "rtn":
-            raise PlanError(f"method rtn has no compensators, but ranks are {self.ranks}; use --method milo")
+        if ranked and self.method in ("rtn", "mse"):
+            raise PlanError(f"method {self.method} has no compensators, but ranks are {self.ranks}; use --method milo")
         if self.method == "milo" and not ranked:
             raise PlanError(f"method milo without ranks ({self.ranks}) is method hqq; use --method hqq or give a rank")
 

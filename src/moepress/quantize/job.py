@@ -16,9 +16,10 @@ from moepress.quantize.affine import AffineWeight
 from moepress.quantize.factors import quantize_factors
 from moepress.quantize.hqq import hqq
 from moepress.quantize.milo import milo
+from moepress.quantize.mse import mse
 from moepress.quantize.rtn import rtn
 
-DATA_FREE = {"rtn": rtn, "hqq": hqq, "milo": hqq}
+DATA_FREE = {"rtn": rtn, "mse": mse, "hqq": hqq, "milo": hqq}
 """Methods that need no calibration, with the solver of weights without a compensator."""
 
 
