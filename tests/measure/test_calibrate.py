@@ -93,6 +93,27 @@ def test_every_loss_is_that_of_the_whole_model(family: str, method: str, tiny: T
                 assert found.errors[ref.name][f"{method} b{bits}g32"] == pytest.approx(expected, rel=tolerance), ref
 
 
+def test_widths_above_four_follow_from_four(tiny: Tiny, tmp_path: Path) -> None:
+    settings = replace(SMALL, bits=(3, 4, 6, 8), group_sizes=(32, 64))
+    with calibrated(tiny("mixtral"), tmp_path / "stats", settings) as (source, found):
+        for ref in source.graph.weights:
+            assert {bits for bits, _ in settings.widths(ref)} == {3, 4}
+            for size in (32, 64):
+                own = {bits: found.errors[ref.name][f"rtn b{bits}g{size}"] for bits in settings.bits}
+                assert own[6] == pytest.approx(1.1 * (15 / 63) ** 2 * own[4])
+                assert own[8] == pytest.approx(1.1 * (15 / 255) ** 2 * own[4])
+
+
+def test_widths_above_four_are_measured_where_four_is_not(tiny: Tiny, tmp_path: Path) -> None:
+    settings = replace(SMALL, bits=(3, 6))
+    with calibrated(tiny("mixtral"), tmp_path / "stats", settings) as (source, found):
+        ref = source.graph.weights[0]
+        own = moment(*plain_inputs(load(tiny("mixtral")), source, window_ids())[ref.name])
+        weight = source.weight(ref).float()
+        expected = predicted_loss(quantise("rtn", weight, own, 6, 32) - weight, own, fisher(source)[ref.name])
+        assert found.errors[ref.name]["rtn b6g32"] == pytest.approx(expected, rel=1e-3)
+
+
 def test_compensated_losses_are_what_the_largest_eigenvalues_leave(tiny: Tiny, tmp_path: Path) -> None:
     settings = replace(SMALL, method="hqq", ranks=(4, 16, 400))
     with calibrated(tiny("deepseek_v3"), tmp_path / "stats", settings) as (source, found):
