@@ -112,7 +112,7 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     with suppress(OSError, subprocess.CalledProcessError):
-        changed = git("status", "--porcelain", "--", "../src", ".", ":!results.csv")
+        changed = git("status", "--porcelain", "--", "../src", ".", ":!*.csv", ":!*.svg")
         return "dirty" if changed else git("rev-parse", "--short", "HEAD")
     return ""
 
