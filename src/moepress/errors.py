@@ -36,3 +36,7 @@ class EvaluationError(MoepressError):
 
 class CalibrationError(MoepressError):
     """A calibration pass cannot be run on this text or model, or is asked for what it cannot give."""
+
+
+class KernelError(MoepressError):
+    """A CUDA kernel cannot be compiled, loaded or launched."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from moepress.cli import calibrate, compress, plan, run  # noqa: F401  (importing registers their commands)
+from moepress.cli import bench, calibrate, compress, plan, run  # noqa: F401  (importing registers their commands)
 from moepress.cli.app import app
 from moepress.errors import MoepressError
 

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+// What all kernels share: 16-bit arithmetic, unpacking of record words, asynchronous copies, launch dependences.
+//
+// Layout of records: moepress/kernels/records.py. Nothing here includes a system header, so NVRTC needs none.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr int WARP = 32;
+constexpr int ROWS = 16;      // rows of a record
+constexpr int UNIT = 64;      // columns of a unit: the four k-steps of one scale group of 64
+
+// ---- 16-bit types -------------------------------------------------------------------------------------------------
+
+// One activation type of a kernel: `bf16` true is bfloat16, false is IEEE half. Weights are unpacked to the same.
+template <bool BF16> struct Half;
+
+template <> struct Half<true> {
+    static constexpr int MANTISSA = 7;
+    static __device__ u32 exponent(int p) { return u32(127 + MANTISSA - p) << MANTISSA; }
+    static __device__ float lo(u32 x) { return __uint_as_float(x << 16); }
+    static __device__ float hi(u32 x) { return __uint_as_float(x & 0xffff0000u); }
+    static __device__ u32 pack(float lo, float hi) {
+        u32 x;
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(hi), "f"(lo));
+        return x;
+    }
+    static __device__ u32 fma(u32 a, u32 b, u32 c) {
+        u32 x;
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(x) : "r"(a), "r"(b), "r"(c));
+        return x;
+    }
+    static constexpr u32 ONE = 0x3f803f80u;
+};
+
+template <> struct Half<false> {
+    static constexpr int MANTISSA = 10;
+    static __device__ u32 exponent(int p) { return u32(15 + MANTISSA - p) << MANTISSA; }
+    static __device__ float lo(u32 x) {
+        float y;
+        asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(y) : "r"(x));
+        return y;
+    }
+    static __device__ float hi(u32 x) {
+        float y;
+        asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(y) : "r"(x));
+        return y;
+    }
+    static __device__ u32 pack(float lo, float hi) {
+        u32 x;
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(hi), "f"(lo));
+        return x;
+    }
+    static __device__ u32 fma(u32 a, u32 b, u32 c) {
+        u32 x;
+        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(x) : "r"(a), "r"(b), "r"(c));
+        return x;
+    }
+    static constexpr u32 ONE = 0x3c003c00u;
+};
+
+template <bool BF16> __device__ u16 round16(float x) { return u16(Half<BF16>::pack(x, 0.f) & 0xffffu); }
+template <bool BF16> __device__ float widen(u16 x) { return Half<BF16>::lo(u32(x)); }
+
+// ---- unpacking ----------------------------------------------------------------------------------------------------
+
+// A code left at mantissa bit p of a number whose last place there is worth 1 has unit weight whatever p is; only the
+// base 2^(MANTISSA - p) that comes with it differs. `place` is that p for pair `pair` of a unit (ours).
+template <int B, bool BF16> __host__ __device__ constexpr int place(int pair) {
+    int p = B == 3 ? (pair < 6 ? 3 * (pair % 2) : 6) : B * (pair % (8 / B));
+    return BF16 && p + B > 7 ? 0 : p;
+}
+
+// What unpacking adds to the codes of `pair`. 8-bit codes do not fit bfloat16's mantissa and come as code - 128.
+template <int B, bool BF16> __host__ __device__ constexpr float base(int pair) {
+    return B == 8 && BF16 ? -128.f : float(1 << ((BF16 ? 7 : 10) - place<B, BF16>(pair)));
+}
+
+__device__ __forceinline__ u32 select_or(u32 word, u32 mask, u32 with) {
+    u32 x;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(x) : "r"(word), "r"(mask), "r"(with));
+    return x;
+}
+
+// The two codes at bit `at` of both halves of a word, as numbers (base + code).
+template <int B, bool BF16> __device__ __forceinline__ u32 extract(u32 word, int at, int pair) {
+    const int p = place<B, BF16>(pair);
+    const u32 mask = ((1u << B) - 1u) << p;
+    const u32 with = Half<BF16>::exponent(p);
+    return select_or(at == p ? word : word >> (at - p), mask * 0x10001u, with * 0x10001u);
+}
+
+// 8-bit codes in bfloat16, less 128: two nibbles, each exact, and their exact sum.
+__device__ __forceinline__ u32 extract_byte_bf16(u32 word) {
+    using H = Half<true>;
+    u32 low = H::fma(select_or(word, 0x000f000fu, 0x43004300u), H::ONE, 0xc300c300u);        // 128 + q - 128
+    u32 high = H::fma(select_or(word >> 4, 0x000f000fu, 0x45004500u), H::ONE, 0xc508c508u);  // 2048 + 16 q - 2176
+    return H::fma(low, H::ONE, high);
+}
+
+// One unit's words -> the 16 A registers of its four k-steps, as base(pair) + code; register 2 * pair + r.
+template <int B, bool BF16> __device__ __forceinline__ void unpack(const u32* word, u32 (&a)[16]) {
+#pragma unroll
+    for (int pair = 0; pair < 8; ++pair) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            if constexpr (B == 3) {
+                if (pair < 6) {
+                    a[2 * pair + r] = extract<3, BF16>(word[pair / 2], 3 * (pair % 2 + 3 * r), pair);
+                } else if (pair == 6 || r == 0) {
+                    a[2 * pair + r] = extract<3, BF16>(word[pair == 6 ? r : 2], 6, pair);
+                } else {  // the spare bits, one of each word
+                    const int p = place<3, BF16>(7);
+                    u32 x = Half<BF16>::exponent(p) * 0x10001u;
+#pragma unroll
+                    for (int i = 0; i < 3; ++i) x = select_or(word[i] >> (15 - p - i), 0x10001u << (p + i), x);
+                    a[15] = x;
+                }
+            } else if constexpr (B == 8 && BF16) {
+                a[2 * pair + r] = extract_byte_bf16(word[pair] >> (8 * r));
+            } else {
+                constexpr int half = 8 / B;
+                a[2 * pair + r] = extract<B, BF16>(word[pair / half], B * (pair % half + half * r), pair);
+            }
+        }
+    }
+}
+
+// ---- tensor cores -------------------------------------------------------------------------------------------------
+
+template <bool BF16> __device__ __forceinline__ void mma(float (&c)[4], const u32* a, u32 b0, u32 b1) {
+    if constexpr (BF16) {
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                     "{%0,%1,%2,%3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    } else {
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                     "{%0,%1,%2,%3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+}
+
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- shared memory and copies -------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+// N consecutive words of shared memory at an address aligned to them.
+template <int N> __device__ __forceinline__ void load_shared(u32 (&x)[N], u32 address) {
+    static_assert(N == 1 || N == 2 || N % 4 == 0, "1, 2 or a multiple of 4 words");
+    if constexpr (N == 1) {
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x[0]) : "r"(address));
+    } else if constexpr (N == 2) {
+        asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "r"(address));
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i += 4)
+            asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                         : "=r"(x[i]), "=r"(x[i + 1]), "=r"(x[i + 2]), "=r"(x[i + 3])
+                         : "r"(address + 4 * i));
+    }
+}
+
+__device__ __forceinline__ void mbarrier_init(u32 bar, u32 count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void mbarrier_expect(u32 bar, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(u32 bar) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+__device__ __forceinline__ void mbarrier_wait(u32 bar, u32 parity) {
+    asm volatile("{.reg .pred done; again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @done bra over; "
+                 "bra again; over:}" ::"r"(bar), "r"(parity) : "memory");
+}
+__device__ __forceinline__ u64 evict_first() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ void bulk_copy(u32 to, const void* from, u32 bytes, u32 bar, u64 policy) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+                 "[%3], %4;" ::"r"(to), "l"(from), "r"(bytes), "r"(bar), "l"(policy) : "memory");
+}
+// The box of a tensor map of three dimensions that begins there; what lies outside of the tensor becomes zero.
+__device__ __forceinline__ void tensor_copy(u32 to, const void* map, int x, int y, int z, u32 bar) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"
+                 ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(z), "r"(bar) : "memory");
+}
+#endif
+
+__device__ __forceinline__ void copy16(u32 to, const void* from, bool real) {  // zeros where not real
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// ---- programmatic dependent launch --------------------------------------------------------------------------------
+
+// After `await_producers` the memory of the kernels before is visible; without the launch attribute both are free.
+__device__ __forceinline__ void await_producers() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void allow_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}

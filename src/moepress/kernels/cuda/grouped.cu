@@ -1,0 +1,406 @@
+// SPDX-License-Identifier: Apache-2.0
+// y = x W^T for two tokens or more, one matrix or a bank of experts in one persistent launch, on Hopper's wgmma.
+//
+// W is the A operand: each warp turns its own records into registers, (base + code) -> code -> code * scale - zero * scale,
+// and the tokens are the columns, a multiple of eight (the transposed problem, as in Humming). A producer warpgroup keeps
+// a ring of stages full: records by bulk copies, tokens' rows by 16-byte copies into the swizzled tile that wgmma reads,
+// gathered through the sorted pairs, so nothing is permuted in device memory. While the tensor cores work on one unit the
+// next one is unpacked. Where rows alone cannot fill the GPU, KW warpgroups share the columns and add up in their order.
+#include "sums.cuh"
+#include "wgmma.cuh"
+
+enum Mode { DENSE, GATE_UP, DOWN };
+
+struct Expert {  // one weight matrix in records
+    const u8* records;
+    int word_bits;
+    int reserved;
+};
+
+struct Arguments {
+    u16* y;                 // DENSE [tokens, n]; GATE_UP [pairs, n] in sorted order; DOWN [tokens * slots, n]
+    const u16* bias;        // DENSE [n] or null
+    const Expert* experts;  // [num_experts]; null: `only` is the first, and the others follow at `stride` bytes
+    Expert only;
+    u64 stride;
+    const int* first;       // [num_experts + 1] first sorted pair of each expert; DENSE null
+    const int* pairs;       // [pairs] token * slots + slot, sorted by expert; DENSE null
+    const void* weights;    // DOWN [tokens * slots], float32 where weights_wide, else as x
+    int weights_wide;
+    int tokens, slots, num_experts;
+    int n, ld;              // columns of y and elements from row to row; GATE_UP: the intermediate size, half of W's rows
+    int records;            // of a row block
+    int row_blocks;
+    int stages;
+
+    __device__ Expert expert(int id) const {
+        return experts ? experts[id] : Expert{only.records + id * stride, only.word_bits, 0};
+    }
+};
+
+constexpr int MAX_EXPERTS = 512;
+
+// Tensor maps of the activations, DENSE of the tokens, else of the sorted pairs: x as [units][rows][64] in boxes of
+// [KW * U, NT, 64] with 128-byte swizzle, and its sums as [records][rows][..] in boxes of [KW, NT, ..].
+struct alignas(64) TensorMap {
+    u8 opaque[128];
+};
+
+// One tile of work: an expert, a range of its sorted pairs, a range of row blocks.
+struct Work {
+    int expert, token, tokens, row_block;
+};
+
+// Tiles in order: expert, row tile, token tile; so that blocks at work together share an expert's records in L2.
+template <int NT, int TILE_BLOCKS, int MODE> struct Schedule {
+    const int* tiles;  // [num_experts + 1] token tiles before each expert
+    const int* first;
+    int row_tiles, total, num_experts, all_tokens;
+
+    __device__ Work at(int index) const {
+        if constexpr (MODE == DENSE) {
+            const int token_tiles = (all_tokens + NT - 1) / NT, tile = index % token_tiles;
+            return {0, tile * NT, min(NT, all_tokens - tile * NT), index / token_tiles * TILE_BLOCKS};
+        }
+        int low = 0, high = num_experts;  // the last expert whose tiles begin at or before this one
+        while (high - low > 1) {
+            const int middle = (low + high) / 2;
+            if (tiles[middle] * row_tiles <= index) low = middle; else high = middle;
+        }
+        const int own = tiles[low + 1] - tiles[low], rest = index - tiles[low] * row_tiles, tile = rest % own;
+        const int start = first[low] + tile * NT;
+        return {low, start, min(NT, first[low + 1] - start), rest / own * TILE_BLOCKS};
+    }
+};
+
+// Unit `u` of a record -> scaled weights in the A registers. Chunks of words are read when first needed.
+template <int B, int U, int G, bool BF16>
+__device__ __forceinline__ void dequantize(u32 (&a)[16], u32 (&words)[U * B], u32 record, int u, int lane) {
+    using H = Half<BF16>;
+    constexpr int M = Record<U, G>::GROUPS, SEGMENTS = G == 32 ? 2 : 1;
+    // Taken off the codes before they are scaled: rounding the offset to 16 bits costs in proportion to its size, and
+    // zeros lie near the middle. Without it errors were 1.8 times those of rounding each weight, with it 1.2 times.
+    constexpr float CENTRE = B == 1 ? 0.f : float(1 << (B - 1));
+#pragma unroll
+    for (int c = 0; c < B; ++c)
+        if (c * U >= u * B && c * U < (u + 1) * B)
+            load_shared<U>(reinterpret_cast<u32(&)[U]>(words[c * U]), record + c * 128 * U + lane * 4 * U);
+    unpack<B, BF16>(words + u * B, a);
+#pragma unroll
+    for (int s = 0; s < SEGMENTS; ++s) {
+        const int m = M == 1 ? 0 : (u * SEGMENTS + s) * M / (U * SEGMENTS);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            u32 meta[1];
+            load_shared<1>(meta, record + 128 * U * B + 4 * (M * (lane / 4 + 8 * r) + m));
+            const float scale = Half<false>::lo(meta[0]), offset = (CENTRE - Half<false>::hi(meta[0])) * scale;
+            const u32 scale2 = H::pack(scale, scale), offset2 = H::pack(offset, offset);
+#pragma unroll
+            for (int pair = 8 * s / SEGMENTS; pair < 8 * (s + 1) / SEGMENTS; ++pair) {
+                u32& x = a[2 * pair + r];
+                if (B < 8 || !BF16) {  // the sum of base and centre is exact
+                    const int p = place<B, BF16>(pair);
+                    const u32 minus = (0x8000u | (H::exponent(p) + (u32(CENTRE) << p))) * 0x10001u;
+                    x = H::fma(x, H::ONE, minus);
+                }
+                x = H::fma(x, scale2, offset2);
+            }
+        }
+    }
+}
+
+template <int B, int U, int G, bool BF16, int NT, int MI, int WGS, int KW> struct Config {
+    static constexpr int ROW_BLOCKS = 4 * MI * WGS;           // of a tile
+    static constexpr int CONSUMERS = WGS * KW * 128;
+    static constexpr bool MANY_REGISTERS = MI * NT >= 128;   // more than an even share; a whole warpgroup then gives some up
+    static constexpr int THREADS = CONSUMERS + (MANY_REGISTERS ? 128 : WARP);
+    static constexpr int X_BYTES = KW * U * NT * 128;         // of a stage
+    static constexpr bool DOUBLE = U * MI % 2 == 0;
+    // Up to 16 columns it is cheaper to scale a group's products than its weights.
+    static constexpr bool SCALE_AFTER = NT <= 16 && MI == 1;
+    static __device__ __host__ constexpr int sum_bytes(int floats) {  // of one token and record
+        return U * Record<U, G>::SEGMENTS * floats * 4 > 16 ? U * Record<U, G>::SEGMENTS * floats * 4 : 16;
+    }
+    // A stage: x [KW * U][NT][64], records [MI * WGS][KW][4], sums [KW][NT][..].
+    static __device__ __host__ constexpr int sums_at(int max_b) {
+        return (X_BYTES + KW * ROW_BLOCKS * Record<U, G>::bytes(max_b) + 127) / 128 * 128;
+    }
+    static __device__ __host__ constexpr int stage_bytes(int max_b, int floats) {
+        return (sums_at(max_b) + (SCALE_AFTER ? KW * NT * sum_bytes(floats) : 0) + 1023) / 1024 * 1024;
+    }
+};
+
+// The columns of one tile for one consumer warpgroup.
+template <int B, int U, int G, bool BF16, int NT, int MI, int WGS, int KW>
+__device__ __forceinline__ void accumulate(float (&acc)[MI][NT / 2], u32 stages_at, u32 stage_bytes, u32 bars, int stages,
+                                           int& stage, u32& phase, int records, int wg, int kw, int lane, int warp) {
+    using C = Config<B, U, G, BF16, NT, MI, WGS, KW>;
+    constexpr int BUFFERS = C::DOUBLE ? 2 : 1;
+    u32 a[BUFFERS][16];
+    int held = -1;  // the stage that the last products still read
+    const u32 size = Record<U, G>::bytes(B);
+    for (int record = 0; record < records; record += KW) {
+        mbarrier_wait(bars + 16 * stage, phase);
+        if (record + kw < records) {
+            const u32 at = stages_at + stage * stage_bytes, x = at + kw * U * NT * 128, w = at + C::X_BYTES;
+            u32 words[MI][U * B];
+#pragma unroll
+            for (int u = 0; u < U; ++u) {
+#pragma unroll
+                for (int mi = 0; mi < MI; ++mi) {
+                    const int buffer = C::DOUBLE ? (u * MI + mi) % 2 : 0;
+                    if (!C::DOUBLE) wgmma_wait<0>();
+                    dequantize<B, U, G, BF16>(a[buffer], words[mi], w + (((wg * MI + mi) * KW + kw) * 4 + warp) * size, u, lane);
+                    wgmma_fence();
+                    const u64 tile = swizzled_tile(x + u * NT * 128);
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) Wgmma<NT, BF16>::run(acc[mi], a[buffer] + 4 * j, tile + 2 * j);
+                    wgmma_commit();
+                    if (C::DOUBLE) wgmma_wait<1>();
+                    if (u == 0 && mi == 0 && held >= 0) {
+                        if (!C::DOUBLE) wgmma_wait<0>();
+                        if (lane == 0) mbarrier_arrive(bars + 16 * held + 8);
+                        held = -1;
+                    }
+                }
+            }
+        } else if (held >= 0) {
+            wgmma_wait<0>();
+            if (lane == 0) mbarrier_arrive(bars + 16 * held + 8);
+        }
+        held = stage;
+        if (++stage == stages) stage = 0, phase ^= 1;
+    }
+    wgmma_wait<0>();
+    if (held >= 0 && lane == 0) mbarrier_arrive(bars + 16 * held + 8);
+}
+
+// The same for few tokens: products of the plain codes, a group at a time, then scale and zero on the sums.
+template <int B, int U, int G, bool BF16, int NT, int MI, int WGS, int KW, int FLOATS, int SUMS_AT>
+__device__ __forceinline__ void accumulate_codes(float (&acc)[MI][NT / 2], u32 stages_at, u32 stage_bytes, u32 bars, int stages,
+                                                 int& stage, u32& phase, int records, int wg, int kw, int lane, int warp) {
+    using C = Config<B, U, G, BF16, NT, MI, WGS, KW>;
+    constexpr int M = Record<U, G>::GROUPS, SEGMENTS = Record<U, G>::SEGMENTS, STEPS = U * SEGMENTS, J = 4 / SEGMENTS;
+    constexpr u32 SIZE = Record<U, G>::bytes(B);
+    const int base_at = Sums<FLOATS == 2 ? B : 0>::base_at(B);
+    for (int record = 0; record < records; record += KW) {
+        mbarrier_wait(bars + 16 * stage, phase);
+        if (record + kw < records) {
+            const u32 at = stages_at + stage * stage_bytes, x = at + kw * U * NT * 128;
+            const u32 w = at + C::X_BYTES + ((wg * KW + kw) * 4 + warp) * SIZE;
+            const u32 sums_lane = at + SUMS_AT + (kw * NT + 2 * (lane % 4)) * C::sum_bytes(FLOATS);
+            u32 words[U * B], a[2][16];
+            float part[2][NT / 2], sum[2][NT / 4];
+            auto apply = [&](int step) {
+                const int m = M == 1 ? 0 : step * M / STEPS;
+                u32 low[1], high[1];
+                load_shared<1>(low, w + 128 * U * B + 4 * (M * (lane / 4) + m));
+                load_shared<1>(high, w + 128 * U * B + 4 * (M * (lane / 4 + 8) + m));
+                const float s0 = Half<false>::lo(low[0]), z0 = Half<false>::hi(low[0]);
+                const float s1 = Half<false>::lo(high[0]), z1 = Half<false>::hi(high[0]);
+#pragma unroll
+                for (int i = 0; i < NT / 8; ++i)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        const float x_sum = sum[step % 2][2 * i + e];
+                        acc[0][4 * i + e] = fmaf(s0, fmaf(-z0, x_sum, part[step % 2][4 * i + e]), acc[0][4 * i + e]);
+                        acc[0][4 * i + 2 + e] = fmaf(s1, fmaf(-z1, x_sum, part[step % 2][4 * i + 2 + e]), acc[0][4 * i + 2 + e]);
+                    }
+            };
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) {
+                const int u = step / SEGMENTS, s = step % SEGMENTS;
+                if (s == 0) {
+#pragma unroll
+                    for (int c = 0; c < B; ++c)
+                        if (c * U >= u * B && c * U < (u + 1) * B)
+                            load_shared<U>(reinterpret_cast<u32(&)[U]>(words[c * U]), w + c * 128 * U + lane * 4 * U);
+                    unpack<B, BF16>(words + u * B, a[u % 2]);
+                }
+#pragma unroll
+                for (int i = 0; i < NT / 8; ++i)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        const u32 at = sums_lane + (8 * i + e) * C::sum_bytes(FLOATS) + step * 4 * FLOATS;
+                        float start;
+                        if constexpr (FLOATS == 2) {
+                            asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(sum[step % 2][2 * i + e]), "=f"(start) : "r"(at));
+                        } else {
+                            asm volatile("ld.shared.f32 %0, [%1];" : "=f"(sum[step % 2][2 * i + e]) : "r"(at));
+                            asm volatile("ld.shared.f32 %0, [%1];" : "=f"(start) : "r"(at + 4 * base_at));
+                        }
+                        part[step % 2][4 * i + e] = part[step % 2][4 * i + 2 + e] = start;
+                    }
+                wgmma_fence();
+                const u64 tile = swizzled_tile(x + u * NT * 128);
+#pragma unroll
+                for (int j = s * J; j < (s + 1) * J; ++j) Wgmma<NT, BF16>::run(part[step % 2], a[u % 2] + 4 * j, tile + 2 * j);
+                wgmma_commit();
+                if (step > 0) wgmma_wait<1>(), apply(step - 1);
+            }
+            wgmma_wait<0>();
+            apply(STEPS - 1);
+        }
+        if (lane == 0) mbarrier_arrive(bars + 16 * stage + 8);
+        if (++stage == stages) stage = 0, phase ^= 1;
+    }
+}
+
+template <bool BF16, int MODE>
+__device__ __forceinline__ void store(const Arguments& p, const Work& work, int row_block, int g, int column, float low, float high) {
+    if (column >= work.tokens) return;
+    const int at = work.token + column;
+    if constexpr (MODE == GATE_UP) {
+        const int n = row_block * 8 + g;
+        if (n < p.n) p.y[(u64)at * p.ld + n] = round16<BF16>(low / (1.f + __expf(-low)) * high);
+    } else {
+        float weight = 1.f;
+        int row = at;
+        if constexpr (MODE == DOWN) {
+            row = p.pairs[at];
+            weight = p.weights_wide ? ((const float*)p.weights)[row] : widen<BF16>(((const u16*)p.weights)[row]);
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int n = row_block * ROWS + g + 8 * r;
+            if (n >= p.n) continue;
+            float y = (r ? high : low) * weight;
+            if (MODE == DENSE && p.bias) y += widen<BF16>(p.bias[n]);
+            p.y[(u64)row * p.ld + n] = round16<BF16>(y);
+        }
+    }
+}
+
+template <int B, int MAX_B, int U, int G, bool BF16, int NT, int MODE, int MI, int WGS, int KW>
+__global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREADS, 1)
+    grouped(const Arguments p, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap sums_map) {
+    using C = Config<B ? B : 1, U, G, BF16, NT, MI, WGS, KW>;
+    constexpr int FLOATS = Sums<B>::FLOATS;
+    constexpr u32 STAGE = C::stage_bytes(MAX_B, FLOATS);
+    extern __shared__ __align__(1024) u8 shared[];
+    __shared__ __align__(8) u64 bar[2 * 16];
+    __shared__ int tiles[MODE == DENSE ? 1 : MAX_EXPERTS + 1];
+    __shared__ float sums[KW > 1 ? (KW - 1) * MI * WGS * 64 * NT : 1];
+    const int thread = threadIdx.x, lane = thread % WARP;
+    const u32 ring = (shared_address(shared) + 1023) / 1024 * 1024, bars = shared_address(bar);
+
+    if (thread == 0) {
+        for (int s = 0; s < p.stages; ++s) mbarrier_init(bars + 16 * s, 1), mbarrier_init(bars + 16 * s + 8, C::CONSUMERS / WARP);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    await_producers();
+    allow_dependents();
+    Schedule<NT, C::ROW_BLOCKS, MODE> schedule;
+    schedule.row_tiles = (p.row_blocks + C::ROW_BLOCKS - 1) / C::ROW_BLOCKS;
+    schedule.first = p.first, schedule.tiles = tiles, schedule.num_experts = p.num_experts, schedule.all_tokens = p.tokens;
+    if constexpr (MODE != DENSE) {
+        if (thread < WARP) {  // prefix sum of the experts' token tiles
+            int before = 0;
+            for (int e = lane; e - lane < p.num_experts; e += WARP) {
+                int own = e < p.num_experts ? (p.first[e + 1] - p.first[e] + NT - 1) / NT : 0, sum = own;
+#pragma unroll
+                for (int step = 1; step < WARP; step *= 2) {
+                    const int left = __shfl_up_sync(~0u, sum, step);
+                    if (lane >= step) sum += left;
+                }
+                if (e < p.num_experts) tiles[e + 1] = before + sum;
+                before += __shfl_sync(~0u, sum, WARP - 1);
+            }
+            if (lane == 0) tiles[0] = 0;
+        }
+    }
+    __syncthreads();
+    schedule.total = schedule.row_tiles * (MODE == DENSE ? (p.tokens + NT - 1) / NT : tiles[p.num_experts]);
+
+    if (thread >= C::CONSUMERS) {  // producer
+        if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (thread >= C::CONSUMERS + WARP) return;
+        const u64 policy = evict_first();
+        int stage = 0;
+        u32 phase = 1;
+        for (int index = blockIdx.x; index < schedule.total; index += gridDim.x) {
+            const Work work = schedule.at(index);
+            const Expert e = p.expert(work.expert);
+            const u32 size = Record<U, G>::bytes(B ? B : e.word_bits);
+            const int groups = min(MI * WGS, (p.row_blocks - work.row_block + 3) / 4);
+            const u8* from = e.records + (u64)work.row_block * p.records * size;
+            for (int record = 0; record < p.records; record += KW) {
+                const u32 full = bars + 16 * stage, to = ring + stage * STAGE, bytes = min(KW, p.records - record) * 4 * size;
+                mbarrier_wait(full + 8, phase);
+                if (lane == 0) {
+                    mbarrier_expect(full, groups * bytes + C::X_BYTES + (C::SCALE_AFTER ? KW * NT * C::sum_bytes(FLOATS) : 0));
+                    tensor_copy(to, &x_map, 0, work.token, record * U, full);
+                    for (int i = 0; i < groups; ++i)
+                        bulk_copy(to + C::X_BYTES + i * KW * 4 * size, from + (u64)(i * p.records + record) * 4 * size, bytes, full, policy);
+                    if constexpr (C::SCALE_AFTER) tensor_copy(to + C::sums_at(MAX_B), &sums_map, 0, work.token, record, full);
+                }
+                if (++stage == p.stages) stage = 0, phase ^= 1;
+            }
+        }
+    } else {  // consumers
+        if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        const int group = thread / 128, wg = group % WGS, kw = group / WGS, warp = thread / WARP % 4;
+        int stage = 0;
+        u32 phase = 0;
+        for (int index = blockIdx.x; index < schedule.total; index += gridDim.x) {
+            const Work work = schedule.at(index);
+            float acc[MI][NT / 2];
+#pragma unroll
+            for (int mi = 0; mi < MI; ++mi)
+#pragma unroll
+                for (int i = 0; i < NT / 2; ++i) acc[mi][i] = 0.f;
+            const int bits = B ? B : p.expert(work.expert).word_bits;
+#define WHERE acc, ring, STAGE, bars, p.stages, stage, phase, p.records, wg, kw, lane, warp
+#define RUN(W)                                                                                               \
+    if constexpr (C::SCALE_AFTER)                                                                            \
+        accumulate_codes<W, U, G, BF16, NT, MI, WGS, KW, FLOATS, C::sums_at(MAX_B)>(WHERE);                  \
+    else                                                                                                     \
+        accumulate<W, U, G, BF16, NT, MI, WGS, KW>(WHERE)
+            if constexpr (B) {
+                RUN(B);
+            } else if (bits == 1) {
+                RUN(1);
+            } else if (bits == 2) {
+                RUN(2);
+            } else if (bits == 3) {
+                RUN(3);
+            } else if (bits == 4) {
+                RUN(4);
+            } else if constexpr (MAX_B == 8) {
+                RUN(8);
+            }
+#undef RUN
+#undef WHERE
+            if constexpr (KW > 1) {
+                constexpr int PART = WGS * MI * 64 * NT;
+                if (kw > 0)
+#pragma unroll
+                    for (int mi = 0; mi < MI; ++mi)
+#pragma unroll
+                        for (int i = 0; i < NT / 2; ++i)
+                            sums[(kw - 1) * PART + ((wg * MI + mi) * (NT / 2) + i) * 128 + thread % 128] = acc[mi][i];
+                named_barrier(1, C::CONSUMERS);
+                if (kw == 0)
+#pragma unroll
+                    for (int mi = 0; mi < MI; ++mi)
+#pragma unroll
+                        for (int i = 0; i < NT / 2; ++i)
+#pragma unroll
+                            for (int other = 0; other < KW - 1; ++other)
+                                acc[mi][i] += sums[other * PART + ((wg * MI + mi) * (NT / 2) + i) * 128 + thread % 128];
+                named_barrier(1, C::CONSUMERS);
+            }
+            if (kw == 0) {
+#pragma unroll
+                for (int mi = 0; mi < MI; ++mi) {
+                    const int row_block = work.row_block + (wg * MI + mi) * 4 + warp;
+#pragma unroll
+                    for (int i = 0; i < NT / 8; ++i)
+#pragma unroll
+                        for (int e = 0; e < 2; ++e)
+                            store<BF16, MODE>(p, work, row_block, lane / 4, 8 * i + 2 * (lane % 4) + e, acc[mi][4 * i + e], acc[mi][4 * i + 2 + e]);
+                }
+            }
+        }
+    }
+}
