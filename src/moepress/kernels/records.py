@@ -22,9 +22,9 @@ here (word width B = 8). One shift and one mask of a word thus yield a code of b
 
 A matrix is records [ceil(N / 64)][ceil(K / 64 U)][4], contiguous and little-endian: the four row blocks that a
 warpgroup multiplies at once lie together, and its next columns follow, so one copy fetches any run of them. Rows are
-padded to 64 and columns to 64 (only U = 1 ever pads) with codes 0; padded rows, and groups that lie wholly in padding, have scale 0 and zero 0. The
-padded columns of a short last group do have its scale and zero: a kernel must multiply them by zeros. Where a group is
-wider than a record (128 and 64 columns), both of its records have it.
+padded to 64 and columns to 64 (only U = 1 ever pads) with codes 0; padded rows, and groups that lie wholly in
+padding, have scale 0 and zero 0. The padded columns of a short last group do have its scale and zero: a kernel must
+multiply them by zeros. Where a group is wider than a record (128 and 64 columns), both of its records have it.
 
 Storing weights in fragment order is MARLIN's idea (Frantar et al., arXiv 2408.11743), there for 4 bits. The positional
 3-bit word, 32 codes in 3 words with only H in pieces, is ours.

@@ -104,6 +104,8 @@ class Tile:
     row_tiles: int
     row_groups: int
     column_groups: int
+    blocks: int = 1
+    """Blocks that share a multiprocessor: while one stores its tile, another multiplies."""
 
     @property
     def scales_after(self) -> bool:
@@ -117,7 +119,7 @@ class Tile:
 
     @property
     def template(self) -> str:
-        return f"{self.row_tiles}, {self.row_groups}, {self.column_groups}"
+        return f"{self.row_tiles}, {self.row_groups}, {self.column_groups}, {self.blocks}"
 
     def stage_bytes(self, bank: Bank) -> int:
         """Shared bytes of one stage of the ring, as `Config` in grouped.cu has it."""
@@ -129,21 +131,31 @@ class Tile:
         return _up(used, 1024)
 
     def stages(self, bank: Bank, available: int) -> int:
-        """Stages that fit, at most 8; below 2 the tile cannot run."""
+        """Stages that fit where a block's share of shared memory is `available` bytes; below 2 the tile cannot run."""
         return min(8, (available - RESERVED) // self.stage_bytes(bank))
 
 
-def tiles(bank: Bank, tokens_each: float, tokens_most: int, processors: int) -> Sequence[Tile]:
-    """Tiles to try in turn for so many tokens a matrix on average; the first that fits runs."""
-    wide = bank.row_blocks >= 7 * processors or tokens_each != tokens_most  # enough rows for tiles of 128
-    narrow = Tile(8, 1, 2, 2) if wide else Tile(8, 1, 1, 4)
-    middle = Tile(32, 1, 2, 2) if wide else Tile(32, 1, 1, 4)
-    large = Tile(128, 2, 2, 1)
-    if tokens_each <= 6 or tokens_most <= 8:
-        return narrow, Tile(8, 1, 1, 2), Tile(8, 1, 1, 1)
-    if tokens_each <= 32:
-        return middle, Tile(32, 1, 1, 2), Tile(32, 1, 1, 1)
-    return large, Tile(64, 1, 2, 1), Tile(32, 1, 1, 1)
+def expert_tiles(bank: Bank, tokens_each: float) -> Sequence[Tile]:
+    """Tiles for experts of `tokens_each` tokens on average, best first; the first that fits runs."""
+    long = bank.any.padded_columns >= 24 * 64  # enough columns for two warpgroups to share
+    if tokens_each <= 6:
+        best = Tile(8, 1, 2, 2) if long else Tile(8, 1, 2, 1, blocks=3)
+    elif tokens_each <= 28:
+        best = Tile(32, 1, 2, 2) if long else Tile(32, 1, 2, 1, blocks=2)
+    else:
+        best = Tile(96, 2, 2, 1) if tokens_each <= 80 else Tile(128, 2, 2, 1)
+    return best, Tile(best.tokens if best.tokens <= 32 else 64, 1, 2, 1), Tile(8, 1, 1, 1)
+
+
+def dense_tiles(bank: Bank, tokens: int, processors: int) -> Sequence[Tile]:
+    """The same for one matrix: wide tiles only where they are enough to keep most of the GPU busy."""
+    if tokens <= 8:
+        best = Tile(8, 1, 2, 2) if bank.row_blocks >= 6 * processors else Tile(8, 1, 1, 4)
+    elif tokens > 64 and -(-bank.row_blocks // 16) * -(-tokens // 128) >= 0.8 * processors:
+        best = Tile(128, 2, 2, 1)
+    else:
+        best = Tile(32, 1, 2, 2) if bank.row_blocks >= 6 * processors else Tile(32, 1, 1, 4)
+    return best, Tile(best.tokens if best.tokens <= 32 else 64, 1, 1, 2), Tile(8, 1, 1, 1)
 
 
 def _up(x: int, to: int) -> int:

@@ -43,8 +43,10 @@ constexpr int RING = 4;  // stages where copies are counted, not signalled: befo
 
 // Rows of k values -> B fragments in unit order, and the sums of their segments. All threads take part; a thread asks
 // for two octets of columns before it uses the first, because each takes most of a microsecond to come.
-template <int B, int G, bool BF16, int NT>
-__device__ void stage_rows(u32* to, float* sums, const u16* const* rows, int count, int k, int units, int row_words) {
+// `early` is the thread's first octet where EARLY; it was asked for together with the ids.
+template <int B, int G, bool BF16, int NT, bool EARLY>
+__device__ void stage_rows(u32* to, float* sums, const u16* const* rows, const u32 (&early)[4], int count, int k, int units,
+                           int row_words) {
     constexpr int SEGMENTS = G == 32 ? 2 : 1, SPAN = 8 / SEGMENTS, FLOATS = Sums<B>::FLOATS, BATCH = 2;
     const int octets = 8 * units;
     for (int first = threadIdx.x; first - int(threadIdx.x) < count * octets; first += BATCH * blockDim.x) {
@@ -52,8 +54,10 @@ __device__ void stage_rows(u32* to, float* sums, const u16* const* rows, int cou
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
             const int at = first + i * blockDim.x, row = at / octets;
-            v[i][0] = v[i][1] = v[i][2] = v[i][3] = 0;
-            if (row < count && rows[row]) load_octet<BF16>(v[i], rows[row], 8 * (at - row * octets), k);
+            const bool known = EARLY && i == 0 && first == threadIdx.x;
+#pragma unroll
+            for (int t = 0; t < 4; ++t) v[i][t] = known ? early[t] : 0;
+            if (!known && row < count && rows[row]) load_octet<BF16>(v[i], rows[row], 8 * (at - row * octets), k);
         }
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
@@ -285,6 +289,9 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     const u64 policy = 0;
 #endif
     if (MODE == GATE_UP) await_producers();  // ids; for DOWN they are older than the kernel that is waited for
+    constexpr bool EARLY = MODE == GATE_UP && NT == 1;
+    u32 early[4] = {0, 0, 0, 0};
+    if (EARLY && 8 * threadIdx.x < p.k) load_octet<BF16>(early, p.x, 8 * threadIdx.x, p.k);
     find_active<BF16, MODE>(active, p);
     __syncthreads();
     const int count = active.count;
@@ -305,7 +312,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
 
     if (MODE != GATE_UP) await_producers();
     allow_dependents();
-    stage_rows<B, G, BF16, NT>(x_shared, sums, active.row, MODE == DOWN ? count : NT, p.k, units, x_words);
+    stage_rows<B, G, BF16, NT, EARLY>(x_shared, sums, active.row, early, MODE == DOWN ? count : NT, p.k, units, x_words);
     __syncthreads();
 
     const u32 x_lane = shared_address(x_shared) + (NT > 1 ? (lane / 4) * x_words * 4 : 0) + (lane % 4) * 32;

@@ -246,33 +246,68 @@ __device__ __forceinline__ void accumulate_codes(float (&acc)[MI][NT / 2], u32 s
     }
 }
 
-template <bool BF16, int MODE>
-__device__ __forceinline__ void store(const Arguments& p, const Work& work, int row_block, int g, int column, float low, float high) {
-    if (column >= work.tokens) return;
-    const int at = work.token + column;
-    if constexpr (MODE == GATE_UP) {
-        const int n = row_block * 8 + g;
-        if (n < p.n) p.y[(u64)at * p.ld + n] = round16<BF16>(low / (1.f + __expf(-low)) * high);
-    } else {
-        float weight = 1.f;
-        int row = at;
-        if constexpr (MODE == DOWN) {
-            row = p.pairs[at];
-            weight = p.weights_wide ? ((const float*)p.weights)[row] : widen<BF16>(((const u16*)p.weights)[row]);
-        }
+// Where a tile's columns go and what they are multiplied with; DOWN only.
+struct Columns {
+    int row;
+    float weight;
+};
+
+// One warp's 16 rows of a tile. Lanes hold pairs of tokens and rows 8 apart; through a corner of shared memory, a row's
+// eight neighbours come together and leave as 16 bytes. (Two bytes at a time took half of the time of short K.)
+template <bool BF16, int NT, int MODE>
+__device__ __forceinline__ void store_rows(const Arguments& p, const Work& work, const Columns* columns, u32 corner, int row_block,
+                                           float (&acc)[NT / 2], int lane) {
+    using H = Half<BF16>;
+    constexpr int CHUNK = NT < 32 ? NT : 32, HALVES = MODE == GATE_UP ? 1 : 2;  // 16-byte pieces of a token
+    const int n = row_block * 8 * HALVES;
+    float bias[2] = {0.f, 0.f};
+    if (MODE == DENSE && p.bias)
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int n = row_block * ROWS + g + 8 * r;
-            if (n >= p.n) continue;
-            float y = (r ? high : low) * weight;
-            if (MODE == DENSE && p.bias) y += widen<BF16>(p.bias[n]);
-            p.y[(u64)row * p.ld + n] = round16<BF16>(y);
+        for (int r = 0; r < 2; ++r)
+            if (n + lane / 4 + 8 * r < p.n) bias[r] = widen<BF16>(p.bias[n + lane / 4 + 8 * r]);
+#pragma unroll
+    for (int first = 0; first < NT; first += CHUNK) {
+#pragma unroll
+        for (int i = first / 8; i < (first + CHUNK) / 8; ++i) {
+            float* c = acc + 4 * i;
+            const u32 to = corner + ((8 * i - first + lane % 8) * HALVES + (HALVES == 2 ? lane / 8 % 2 : 0)) * 16;
+            if constexpr (MODE == GATE_UP) {
+                const u32 h = H::pack(c[0] / (1.f + __expf(-c[0])) * c[2], c[1] / (1.f + __expf(-c[1])) * c[3]);
+                asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(to), "r"(h) : "memory");
+            } else {
+                float w[2] = {1.f, 1.f};
+                if constexpr (MODE == DOWN)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) w[e] = columns[8 * i + 2 * (lane % 4) + e].weight;
+                const u32 low = H::pack(c[0] * w[0] + bias[0], c[1] * w[1] + bias[0]);
+                const u32 high = H::pack(c[2] * w[0] + bias[1], c[3] * w[1] + bias[1]);
+                asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(low), "r"(high)
+                             : "memory");
+            }
         }
+        __syncwarp();
+#pragma unroll
+        for (int i = lane; i < CHUNK * HALVES; i += WARP) {
+            const int column = first + i / HALVES, at = n + 8 * (i % HALVES);
+            if (column < work.tokens && at < p.n) {
+                u16* to = p.y + (u64)(MODE == DOWN ? columns[column].row : work.token + column) * p.ld + at;
+                u32 x[4];
+                load_shared<4>(x, corner + 16 * i);
+                if (p.ld % 8 == 0) {  // rows beyond n are padding up to ld, and zeros
+                    *reinterpret_cast<uint4*>(to) = make_uint4(x[0], x[1], x[2], x[3]);
+                } else {
+#pragma unroll
+                    for (int j = 0; j < 8; ++j)
+                        if (at + j < p.n) to[j] = u16(x[j / 2] >> (16 * (j % 2)));
+                }
+            }
+        }
+        __syncwarp();
     }
 }
 
-template <int B, int MAX_B, int U, int G, bool BF16, int NT, int MODE, int MI, int WGS, int KW>
-__global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREADS, 1)
+template <int B, int MAX_B, int U, int G, bool BF16, int NT, int MODE, int MI, int WGS, int KW, int BLOCKS>
+__global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREADS, BLOCKS)
     grouped(const Arguments p, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap sums_map) {
     using C = Config<B ? B : 1, U, G, BF16, NT, MI, WGS, KW>;
     constexpr int FLOATS = Sums<B>::FLOATS;
@@ -280,6 +315,8 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ __align__(8) u64 bar[2 * 16];
     __shared__ int tiles[MODE == DENSE ? 1 : MAX_EXPERTS + 1];
+    __shared__ __align__(16) u8 corners[WGS * 4][(NT < 32 ? NT : 32) * 32];
+    __shared__ Columns all_columns[2][MODE == DOWN ? NT : 1];  // of this tile and the next
     __shared__ float sums[KW > 1 ? (KW - 1) * MI * WGS * 64 * NT : 1];
     const int thread = threadIdx.x, lane = thread % WARP;
     const u32 ring = (shared_address(shared) + 1023) / 1024 * 1024, bars = shared_address(bar);
@@ -342,8 +379,15 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
         const int group = thread / 128, wg = group % WGS, kw = group / WGS, warp = thread / WARP % 4;
         int stage = 0;
         u32 phase = 0;
-        for (int index = blockIdx.x; index < schedule.total; index += gridDim.x) {
+        int turn = 0;
+        for (int index = blockIdx.x; index < schedule.total; index += gridDim.x, turn ^= 1) {
             const Work work = schedule.at(index);
+            Columns* columns = all_columns[turn];
+            if (MODE == DOWN && thread < NT && thread < work.tokens) {
+                const int row = p.pairs[work.token + thread];
+                columns[thread].row = row;
+                columns[thread].weight = p.weights_wide ? ((const float*)p.weights)[row] : widen<BF16>(((const u16*)p.weights)[row]);
+            }
             float acc[MI][NT / 2];
 #pragma unroll
             for (int mi = 0; mi < MI; ++mi)
@@ -390,17 +434,12 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
                                 acc[mi][i] += sums[other * PART + ((wg * MI + mi) * (NT / 2) + i) * 128 + thread % 128];
                 named_barrier(1, C::CONSUMERS);
             }
-            if (kw == 0) {
+            if (KW == 1 && MODE == DOWN) named_barrier(1, C::CONSUMERS);  // columns are there
+            if (kw == 0)
 #pragma unroll
-                for (int mi = 0; mi < MI; ++mi) {
-                    const int row_block = work.row_block + (wg * MI + mi) * 4 + warp;
-#pragma unroll
-                    for (int i = 0; i < NT / 8; ++i)
-#pragma unroll
-                        for (int e = 0; e < 2; ++e)
-                            store<BF16, MODE>(p, work, row_block, lane / 4, 8 * i + 2 * (lane % 4) + e, acc[mi][4 * i + e], acc[mi][4 * i + 2 + e]);
-                }
-            }
+                for (int mi = 0; mi < MI; ++mi)
+                    store_rows<BF16, NT, MODE>(p, work, columns, shared_address(corners[thread / WARP]),
+                                               work.row_block + (wg * MI + mi) * 4 + warp, acc[mi], lane);
         }
     }
 }

@@ -10,34 +10,38 @@ struct SortArguments {
     int ids_wide, count, num_experts;
 };
 
-constexpr int SORT_WARPS = 32;
+constexpr int SORT_WARPS = 32, SORT_THREADS = SORT_WARPS * WARP;
+constexpr int NOBODY = 0xffff;  // the expert of a pair that is not run
 
-__device__ __forceinline__ int expert_of(const SortArguments& p, int pair, int end) {
-    if (pair >= end) return -1;
-    const long long id = p.ids_wide ? ((const long long*)p.ids)[pair] : (long long)((const int*)p.ids)[pair];
-    return id >= 0 && id < p.num_experts ? int(id) : -1;
-}
-
-// One block. Each warp counts its own run of pairs, the counts become offsets, each warp places its run.
-extern "C" __global__ void __launch_bounds__(SORT_WARPS* WARP, 1) sort_pairs(const SortArguments p) {
-    extern __shared__ int counts[];  // [SORT_WARPS][num_experts]
+// One block. Each warp counts its own run of pairs, the counts become offsets, each warp places its run. Ids are read
+// once, many at a time: reading them again in both passes took most of the time.
+extern "C" __global__ void __launch_bounds__(SORT_THREADS, 1) sort_pairs(const SortArguments p) {
+    extern __shared__ int counts[];  // [SORT_WARPS][num_experts], starts [num_experts], expert of each pair as u16
     __shared__ int warp_sums[SORT_WARPS];
+    int* starts = counts + SORT_WARPS * p.num_experts;
+    u16* experts = reinterpret_cast<u16*>(starts + p.num_experts);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int run = (p.count + SORT_WARPS * WARP - 1) / (SORT_WARPS * WARP) * WARP;
+    const int run = (p.count + SORT_THREADS - 1) / SORT_THREADS * WARP;
     const int begin = warp * run, end = min(p.count, begin + run);
-    for (int i = threadIdx.x; i < SORT_WARPS * p.num_experts; i += blockDim.x) counts[i] = 0;
+    for (int i = threadIdx.x; i < SORT_WARPS * p.num_experts; i += SORT_THREADS) counts[i] = 0;
     await_producers();
+#pragma unroll 8
+    for (int i = threadIdx.x; i < p.count; i += SORT_THREADS) {
+        const long long id = p.ids_wide ? ((const long long*)p.ids)[i] : (long long)((const int*)p.ids)[i];
+        experts[i] = id >= 0 && id < p.num_experts ? u16(id) : u16(NOBODY);
+    }
     __syncthreads();
     int* own = counts + warp * p.num_experts;
     for (int at = begin; at < end; at += WARP) {
-        const int e = expert_of(p, at + lane, end);
+        const int e = at + lane < end ? experts[at + lane] : NOBODY;
         const u32 same = __match_any_sync(~0u, e);
-        if (e >= 0 && lane == __ffs(same) - 1) own[e] += __popc(same);
+        if (e != NOBODY && lane == __ffs(same) - 1) own[e] += __popc(same);
         __syncwarp();
     }
     __syncthreads();
     int total = 0;  // of expert threadIdx.x
     if (threadIdx.x < p.num_experts)
+#pragma unroll 8
         for (int w = 0; w < SORT_WARPS; ++w) {
             const int here = counts[w * p.num_experts + threadIdx.x];
             counts[w * p.num_experts + threadIdx.x] = total;
@@ -53,19 +57,15 @@ extern "C" __global__ void __launch_bounds__(SORT_WARPS* WARP, 1) sort_pairs(con
     __syncthreads();
     int before = 0;
     for (int w = 0; w < warp; ++w) before += warp_sums[w];
-    const int start = before + sum - total;
-    if (threadIdx.x < p.num_experts) {
-        for (int w = 0; w < SORT_WARPS; ++w) counts[w * p.num_experts + threadIdx.x] += start;
-        p.first[threadIdx.x] = start;
-    }
-    if (threadIdx.x == p.num_experts - 1) p.first[p.num_experts] = start + total;
+    if (threadIdx.x < p.num_experts) starts[threadIdx.x] = p.first[threadIdx.x] = before + sum - total;
+    if (threadIdx.x == p.num_experts - 1) p.first[p.num_experts] = before + sum;
     __syncthreads();
     for (int at = begin; at < end; at += WARP) {
-        const int e = expert_of(p, at + lane, end);
+        const int e = at + lane < end ? experts[at + lane] : NOBODY;
         const u32 same = __match_any_sync(~0u, e);
-        if (e >= 0) p.sorted[own[e] + __popc(same & ((1u << lane) - 1))] = at + lane;
+        if (e != NOBODY) p.sorted[starts[e] + own[e] + __popc(same & ((1u << lane) - 1))] = at + lane;
         __syncwarp();
-        if (e >= 0 && lane == __ffs(same) - 1) own[e] += __popc(same);
+        if (e != NOBODY && lane == __ffs(same) - 1) own[e] += __popc(same);
         __syncwarp();
     }
     allow_dependents();

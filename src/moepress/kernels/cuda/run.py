@@ -29,6 +29,8 @@ from moepress.kernels.records import RecordLayout
 
 Mode = Literal["DENSE", "GATE_UP", "DOWN"]
 MAX_EXPERTS, MAX_SLOTS = 512, 32
+MAX_PAIRS = 1 << 16
+"""Pairs that one block sorts in its shared memory; more tokens are run in turns."""
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -136,7 +138,7 @@ def linear(x: torch.Tensor, bank: RecordBank, bias: torch.Tensor | None, out_fea
     columns = bank.layouts[0].padded_columns
     if columns != x.shape[1]:
         x = torch.nn.functional.pad(x, (0, columns - x.shape[1]))
-    tile, stages = _tile(x, bank, len(x), len(x), "DENSE")
+    tile, stages = _tile(x, bank, "DENSE", choose.dense_tiles(bank.shape, len(x), _processors(x.device.index)))
     sums = _prepare(x, bank, len(x)) if tile.scales_after else None
     _grouped("DENSE", tile, stages, x, sums, y, bank, out_features, len(x), bias=bias)
     return y
@@ -165,7 +167,10 @@ def experts(
             if not _gemv("DOWN", h, y, down, x.shape[1], weights=weights, **slots):
                 _many(x, ids, weights, gate_up, down, intermediate, y)
             return y
-    _many(x, ids, weights, gate_up, down, intermediate, y)
+    step = MAX_PAIRS // ids.shape[1]
+    for at in range(0, len(x), step):
+        part = slice(at, at + step)
+        _many(x[part], ids[part], weights[part], gate_up, down, intermediate, y[part])
     return y
 
 
@@ -184,10 +189,12 @@ def _many(
     first, order = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (count + 1, pairs))
     wide = int(ids.dtype == torch.int64)
     sort = _Sort(ids.data_ptr(), first.data_ptr(), order.data_ptr(), wide, pairs, count)
-    _function("route.cu", "sort_pairs", x.device.index).launch(1, 1024, 128 * count, (sort,), programmatic=True)
+    _function("route.cu", "sort_pairs", x.device.index).launch(
+        1, 1024, 132 * count + 2 * pairs, (sort,), programmatic=True
+    )
 
     routed = {"first": first, "pairs": order, "slots": slots}
-    tile, stages = _tile(x, gate_up, pairs / count, tokens, "GATE_UP")
+    tile, stages = _tile(x, gate_up, "GATE_UP", choose.expert_tiles(gate_up.shape, pairs / count))
     x_sorted = x.new_empty(pairs, gate_up.layouts[0].padded_columns)
     sums = _prepare(x, gate_up, pairs, x_sorted, wants_sums=tile.scales_after, **routed)
     columns = down.layouts[0].padded_columns
@@ -195,7 +202,7 @@ def _many(
     h = x.new_zeros(pairs, columns) if columns != intermediate else x.new_empty(pairs, columns)
     _grouped("GATE_UP", tile, stages, x_sorted, sums, h, gate_up, intermediate, tokens, **routed)
 
-    tile, stages = _tile(x, down, pairs / count, tokens, "DOWN")
+    tile, stages = _tile(x, down, "DOWN", choose.expert_tiles(down.shape, pairs / count))
     sums = _prepare(h, down, pairs, count=first[count:]) if tile.scales_after else None
     parts = x.new_empty(pairs, x.shape[1])
     _grouped("DOWN", tile, stages, h, sums, parts, down, x.shape[1], tokens, weights=weights, **routed)
@@ -264,7 +271,9 @@ def _grouped(
     x_map = map_rows(x, tile.tokens, tile.column_groups * layout.units)
     sums_map = x_map if sums is None else map_sums(sums, tile.tokens, tile.column_groups)
     shared = stages * tile.stage_bytes(shape) + choose.RESERVED
-    function.launch(_processors(device), tile.threads, shared, (arguments, x_map, sums_map), programmatic=True)
+    function.launch(
+        tile.blocks * _processors(device), tile.threads, shared, (arguments, x_map, sums_map), programmatic=True
+    )
 
 
 def _prepare(
@@ -296,14 +305,12 @@ def _prepare(
     return sums
 
 
-def _tile(
-    x: torch.Tensor, bank: RecordBank, tokens_each: float, tokens_most: int, mode: Mode
-) -> tuple[choose.Tile, int]:
+def _tile(x: torch.Tensor, bank: RecordBank, mode: Mode, tiles: Sequence[choose.Tile]) -> tuple[choose.Tile, int]:
     """The first tile whose ring of two stages or more fits beside the kernel's own shared memory."""
     device = x.device.index
-    for tile in choose.tiles(bank.shape, tokens_each, tokens_most, _processors(device)):
+    for tile in tiles:
         _, static = _kernel("grouped.cu", _grouped_instance(mode, bank.shape, x.dtype, tile), device)
-        if (stages := tile.stages(bank.shape, _shared(device) - static)) >= 2:
+        if (stages := tile.stages(bank.shape, _shared(device) // tile.blocks - static)) >= 2:
             return tile, stages
     raise KernelError(f"no tile of {bank.shape.any} fits into {_shared(device)} bytes of shared memory")
 
@@ -335,10 +342,10 @@ def _instances(
     blocks = bank.row_blocks * (slots if mode == "GATE_UP" else 1)
     yield "gemv.cu", _gemv_instance(mode, bank, dtype, blocks, processors)
     yield "route.cu", f"prepare_rows<{bank.uniform_bits}, {bank.any.group_size}, {_is_bf16(dtype)}>"
-    # a dense layer has as many tokens as there are; experts have a share of them, so the mean is below the most
-    for tokens in (2, 16, 1024):
-        most = tokens if mode == "DENSE" else 8192
-        yield "grouped.cu", _grouped_instance(mode, bank, dtype, choose.tiles(bank, tokens, most, processors)[0])
+    for tokens in (2, 16, 64, 1024):
+        dense = mode == "DENSE"
+        tiles = choose.dense_tiles(bank, tokens, processors) if dense else choose.expert_tiles(bank, tokens)
+        yield "grouped.cu", _grouped_instance(mode, bank, dtype, tiles[0])
 
 
 def _gemv_instance(mode: Mode, bank: choose.Bank, dtype: torch.dtype, blocks: int, processors: int) -> str:
