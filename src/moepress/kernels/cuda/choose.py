@@ -139,7 +139,7 @@ def expert_tiles(bank: Bank, tokens_each: float) -> Sequence[Tile]:
     """Tiles for experts of `tokens_each` tokens on average, best first; the first that fits runs."""
     long = bank.any.padded_columns >= 24 * 64  # enough columns for two warpgroups to share
     if tokens_each <= 6:
-        best = Tile(8, 1, 2, 2) if long else Tile(8, 1, 2, 1, blocks=3)
+        best = Tile(8, 1, 2, 2) if long else Tile(8, 1, 2, 1, blocks=2)
     elif tokens_each <= 28:
         best = Tile(32, 1, 2, 2) if long else Tile(32, 1, 2, 1, blocks=2)
     else:

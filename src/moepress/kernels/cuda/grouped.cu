@@ -190,7 +190,7 @@ __device__ __forceinline__ void accumulate_codes(float (&acc)[MI][NT / 2], u32 s
             const u32 w = at + C::X_BYTES + ((wg * KW + kw) * 4 + warp) * SIZE;
             const u32 sums_lane = at + SUMS_AT + (kw * NT + 2 * (lane % 4)) * C::sum_bytes(FLOATS);
             u32 words[U * B], a[2][16];
-            float part[2][NT / 2], sum[2][NT / 4];
+            float part[2][NT / 2], sum[2][NT / 4], start[2][NT / 4];
             auto apply = [&](int step) {
                 const int m = M == 1 ? 0 : step * M / STEPS;
                 u32 low[1], high[1];
@@ -202,9 +202,10 @@ __device__ __forceinline__ void accumulate_codes(float (&acc)[MI][NT / 2], u32 s
                 for (int i = 0; i < NT / 8; ++i)
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
-                        const float x_sum = sum[step % 2][2 * i + e];
-                        acc[0][4 * i + e] = fmaf(s0, fmaf(-z0, x_sum, part[step % 2][4 * i + e]), acc[0][4 * i + e]);
-                        acc[0][4 * i + 2 + e] = fmaf(s1, fmaf(-z1, x_sum, part[step % 2][4 * i + 2 + e]), acc[0][4 * i + 2 + e]);
+                        const float x_sum = sum[step % 2][2 * i + e], base = start[step % 2][2 * i + e];
+                        acc[0][4 * i + e] = fmaf(s0, part[step % 2][4 * i + e] + fmaf(-z0, x_sum, base), acc[0][4 * i + e]);
+                        acc[0][4 * i + 2 + e] =
+                            fmaf(s1, part[step % 2][4 * i + 2 + e] + fmaf(-z1, x_sum, base), acc[0][4 * i + 2 + e]);
                     }
             };
 #pragma unroll
@@ -222,19 +223,23 @@ __device__ __forceinline__ void accumulate_codes(float (&acc)[MI][NT / 2], u32 s
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
                         const u32 at = sums_lane + (8 * i + e) * C::sum_bytes(FLOATS) + step * 4 * FLOATS;
-                        float start;
+                        float &x_sum = sum[step % 2][2 * i + e], &base = start[step % 2][2 * i + e];
                         if constexpr (FLOATS == 2) {
-                            asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(sum[step % 2][2 * i + e]), "=f"(start) : "r"(at));
+                            asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x_sum), "=f"(base) : "r"(at));
                         } else {
-                            asm volatile("ld.shared.f32 %0, [%1];" : "=f"(sum[step % 2][2 * i + e]) : "r"(at));
-                            asm volatile("ld.shared.f32 %0, [%1];" : "=f"(start) : "r"(at + 4 * base_at));
+                            asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x_sum) : "r"(at));
+                            asm volatile("ld.shared.f32 %0, [%1];" : "=f"(base) : "r"(at + 4 * base_at));
                         }
-                        part[step % 2][4 * i + e] = part[step % 2][4 * i + 2 + e] = start;
                     }
                 wgmma_fence();
                 const u64 tile = swizzled_tile(x + u * NT * 128);
 #pragma unroll
-                for (int j = s * J; j < (s + 1) * J; ++j) Wgmma<NT, BF16>::run(part[step % 2], a[u % 2] + 4 * j, tile + 2 * j);
+                for (int j = s * J; j < (s + 1) * J; ++j) {
+                    // starting from zero, not from `start`: writing accumulators between products makes the compiler wait
+                    // for every single one
+                    if (j == s * J) Wgmma<NT, BF16>::template run<false>(part[step % 2], a[u % 2] + 4 * j, tile + 2 * j);
+                    else Wgmma<NT, BF16>::run(part[step % 2], a[u % 2] + 4 * j, tile + 2 * j);
+                }
                 wgmma_commit();
                 if (step > 0) wgmma_wait<1>(), apply(step - 1);
             }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Hopper's warpgroup products D[64, N] += A[64, 16] B[N, 16]^T: A from registers, B from shared memory (128-byte swizzle).
+// Hopper's warpgroup products D[64, N] (+)= A[64, 16] B[N, 16]^T: A from registers, B from shared memory (128-byte swizzle).
 #pragma once
 #include "common.cuh"
 
@@ -19,47 +19,48 @@ __device__ __forceinline__ u64 swizzled_tile(u32 address) {
 // D layout: d[4 i + 2 r + e] is row (16 warp + lane / 4 + 8 r), column 8 i + 2 (lane % 4) + e.
 template <int N, bool BF16> struct Wgmma;
 
-#define WGMMA(N, TYPE, NAME, OUT, A, B, ...)                                                                        \
+#define WGMMA(N, TYPE, NAME, LAST, OUT, A, B, ...)                                                                        \
     template <> struct Wgmma<N, TYPE> {                                                                             \
+        template <bool ADD = true>                                                                                  \
         static __device__ __forceinline__ void run(float (&d)[N / 2], const u32* a, u64 b) {                        \
-            asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32."        \
+            asm volatile("{.reg .pred p; setp.ne.u32 p, %" #LAST ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." \
                          NAME "." NAME " " OUT ", " A ", " B ", p, 1, 1, 0;}"                                      \
                          : __VA_ARGS__                                                                              \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                     \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(ADD)));                      \
         }                                                                                                           \
     };
-#define BOTH(N, OUT, A, B, ...)                                                                                     \
-    WGMMA(N, true, "bf16", OUT, A, B, __VA_ARGS__)                                                                  \
-    WGMMA(N, false, "f16", OUT, A, B, __VA_ARGS__)
+#define BOTH(N, LAST, OUT, A, B, ...)                                                                                     \
+    WGMMA(N, true, "bf16", LAST, OUT, A, B, __VA_ARGS__)                                                                  \
+    WGMMA(N, false, "f16", LAST, OUT, A, B, __VA_ARGS__)
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
 #define D64(i) D16(i), D16(i + 16), D16(i + 32), D16(i + 48)
 
-BOTH(8,
+BOTH(8, 9,
      "{%0, %1, %2, %3} ",
      "{%4, %5, %6, %7}", "%8", D4(0))
-BOTH(16,
+BOTH(16, 13,
      "{%0, %1, %2, %3, %4, %5, %6, %7} ",
      "{%8, %9, %10, %11}", "%12", D4(0), D4(4))
-BOTH(32,
+BOTH(32, 21,
      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15} ",
      "{%16, %17, %18, %19}", "%20", D16(0))
-BOTH(64,
+BOTH(64, 37,
      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31} ",
      "{%32, %33, %34, %35}", "%36", D16(0), D16(16))
-BOTH(96,
+BOTH(96, 53,
      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
      "%40, %41, %42, %43, %44, %45, %46, %47} ",
      "{%48, %49, %50, %51}", "%52", D16(0), D16(16), D16(32))
-BOTH(128,
+BOTH(128, 69,
      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
      "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "
      "%59, %60, %61, %62, %63} ",
      "{%64, %65, %66, %67}", "%68", D64(0))
-BOTH(256,
+BOTH(256, 133,
      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
      "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "
