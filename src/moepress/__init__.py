@@ -5,9 +5,9 @@
 compressed folders.
 """
 
-import moepress.hf  # noqa: F401  (registers the format; nothing else may be relied on to do it)
 from moepress.errors import MoepressError
 from moepress.format.spec import WeightSpec
+from moepress.hf import warmup  # importing it registers the format; nothing else may be relied on to do it
 from moepress.pipeline import compress_checkpoint
 from moepress.plan.plan import Plan
 from moepress.plan.settings import Settings
@@ -26,4 +26,5 @@ __all__ = [
     "plan_by_pmq",
     "plan_checkpoint",
     "verify_checkpoint",
+    "warmup",
 ]

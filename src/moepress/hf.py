@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as _CONFIGS
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -28,6 +29,7 @@ from moepress.format.manifest import QUANT_METHOD, Manifest
 from moepress.graph.families import family_of
 from moepress.graph.view import Family
 from moepress.runtime.build import check_claims, check_files, check_shapes, install
+from moepress.runtime.warmup import compile_kernels, prepare
 
 EXPERTS_GUARD = "moepress; this checkpoint needs: pip install moepress, then `import moepress` before loading it"
 
@@ -49,6 +51,9 @@ class MoepressConfig(QuantizationConfigMixin):
 class MoepressQuantizer(HfQuantizer):
     """Builds the compressed modules before the weights are loaded, and checks names and shapes."""
 
+    compileable = False
+    """Whether `generate` may compile the model: no layer of experts runs in a loop over those that tokens chose."""
+
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
             raise CheckpointError(
@@ -69,6 +74,7 @@ class MoepressQuantizer(HfQuantizer):
         _restore_dtypes(model, self._dtypes)
         # serialised with the config, so that a saved copy is guarded too
         model.config.experts_implementation = EXPERTS_GUARD
+        self.compileable = _settle(model, model.dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -76,6 +82,36 @@ class MoepressQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return self.compileable
+
+
+def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Makes a model that is on a GPU ready for inputs of `dtype` (its own by default): packs weights, compiles kernels.
+
+    Loading a model onto a GPU packs already, and the first forward pass does what is missing; but it compiles kernels
+    one by one, here it is all of them side by side. Without a forward pass before it, `torch.compile(fullgraph=True)`
+    needs this; capturing a CUDA graph needs the forward pass. Raises KernelError where a kernel does not compile, and
+    where MOEPRESS_KERNELS asks for one that cannot run.
+    """
+    dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    compileable = _settle(model, dtype)
+    compile_kernels(model, dtype, _top_k(model))
+    if isinstance(quantizer := getattr(model, "hf_quantizer", None), MoepressQuantizer):
+        quantizer.compileable = compileable
+
+
+def _settle(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Chooses kernels for all layers and packs; whether neither compressed nor kept experts (3-D) need a loop."""
+    return prepare(model, dtype, _top_k(model)) and not any(parameter.ndim == 3 for parameter in model.parameters())
+
+
+def _top_k(model: nn.Module) -> int | None:
+    """Experts that a token has, where the configuration says it in the usual way."""
+    config = getattr(model, "config", None)
+    return None if config is None else getattr(config.get_text_config(), "num_experts_per_tok", None)
 
 
 def _namer(model: Any, family: Family) -> Callable[[str], str | None]:

@@ -70,7 +70,8 @@ def test_explain_names_everyone_and_why(monkeypatch: pytest.MonkeyPatch, capsys:
     assert command(monkeypatch, "--explain", "--layer", "qwen3-30b-a3b", "--tokens", "1,64", "--rank", "32") == 0
     shown = capsys.readouterr().out
     assert "qwen3-30b-a3b, 3 bits, groups of 64, rank 32, bf16, T = 64" in shown
-    assert shown.count("moepress ") == 2 and shown.count("bf16 by expert  runs") == 2
+    assert shown.count("moepress cuda") == 2 and shown.count("compensators of experts have no kernel yet") == 2
+    assert shown.count("moepress reference  runs") == 2 and shown.count("bf16 by expert      runs") == 2
     assert shown.count("has no compensators") == 2
 
 
@@ -141,8 +142,9 @@ def test_a_wrong_result_gets_no_time(value: float) -> None:
 
 
 def test_what_cannot_run_is_a_row_with_its_reason_and_no_trace() -> None:
-    row = run(SMALL_DENSE, lineup(DENSE, "bf16"))[0]
-    assert (row.contender, row.role, row.reason, row.trace) == ("moepress", OURS, "not built yet", None)
+    row = run(Problem(DENSE, (48, 64), 3, bits=7), lineup(DENSE, "bf16"))[0]
+    assert (row.contender, row.role, row.trace) == ("moepress", OURS, None)
+    assert row.reason.startswith("bits 7 is not supported")
 
 
 def test_too_little_memory_is_a_reason() -> None:

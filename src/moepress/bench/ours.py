@@ -7,6 +7,7 @@ Bits per weight are those of the records, padding included, and of the compensat
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -47,6 +48,14 @@ class Moepress(Contender):
     def note(self, problem: Problem) -> str:
         return f"{self.bits_per_weight(problem):.3g} b, real zeros"
 
+    def warm_up(self, problems: Sequence[Problem], device: torch.device) -> None:
+        from moepress.kernels.cuda import run
+
+        for dtype in {problem.torch_dtype for problem in problems}:
+            own = [problem for problem in problems if problem.torch_dtype == dtype]
+            banks = {(*((each,) for each in layouts_of(problem)), problem.shape[1]) for problem in own if problem.moe}
+            run.warm(list({layouts_of(problem) for problem in own if not problem.moe}), list(banks), dtype, device)
+
     def prepare(self, problem: Problem, copies: int, seed: int, device: torch.device) -> list[Call]:
         draw = problem.draw(seed, device)
         calls: list[Call] = []
@@ -84,7 +93,8 @@ def explain(problem: Problem) -> list[registry.Choice]:
         return [registry.Choice(f"moepress {registry.CUDA}", False, str(error))]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     op, top_k = (kernels.EXPERTS, problem.shape[1]) if problem.moe else (kernels.LINEAR, 1)
-    asked = kernels.Problem(op, device, problem.torch_dtype, layouts[:1], layouts[1:], problem.rank, top_k)
+    dtype, rank, experts = problem.torch_dtype, problem.rank, problem.experts
+    asked = kernels.Problem(op, device, dtype, layouts[:1], layouts[1:], rank, experts, top_k)
     return [dataclasses.replace(each, name=f"moepress {each.name}") for each in registry.explain(asked)]
 
 

@@ -2,7 +2,7 @@
 """ExpertBank: the routed experts of one layer, which may differ in bits and rank, behind transformers' experts call.
 
 Experts with equal specs are stored stacked in a bucket; `expert -> (bucket, slot)` finds them. Each of gate, up and
-down has its own buckets (gate and up have the same ones).
+down has its own buckets (gate and up have the same ones). Packed, a bucket of gate and that of up share their records.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from torch import nn
 from moepress.format.manifest import BankEntry
 from moepress.format.spec import PROJECTIONS, WeightSpec
 from moepress.format.weight import dequantize
+from moepress.kernels.experts.cuda import packed_experts
 from moepress.kernels.experts.reference import run_experts
 from moepress.kernels.linear.reference import compressed_linear
+from moepress.kernels.problem import EXPERTS, SILU, Problem
+from moepress.runtime.packable import Key, Packable, Side
 from moepress.runtime.stored import StoredParts
 
 
@@ -39,6 +42,11 @@ class Projection(nn.ModuleDict):
         bucket, slot = self._find(expert)
         return dequantize(bucket.parts(slot), bucket.spec, bucket.out_features, bucket.in_features)
 
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Expert -> (number of its bucket, slot)."""
+        numbers = {tag: number for number, tag in enumerate(self)}
+        return tuple((numbers[tag], slot) for tag, slot in (self.where[expert] for expert in range(len(self.where))))
+
     def _find(self, expert: int) -> tuple[StoredParts, int]:
         tag, slot = self.where[expert]
         bucket = self[tag]
@@ -46,19 +54,27 @@ class Projection(nn.ModuleDict):
         return bucket, slot
 
 
-class ExpertBank(nn.Module):
+class ExpertBank(Packable):
     """hidden [T, H], ids [T, k], weights [T, k] -> [T, H]: down(act(gate(x)) * up(x)), weighted and summed."""
+
+    tables = ("gate_up_table", "down_table")
 
     def __init__(self, entry: BankEntry, act_fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.num_experts, self.act_fn = entry.num_experts, act_fn
         self.gate, self.up, self.down = (Projection(entry, projection) for projection in PROJECTIONS)
+        self.intermediate = entry.gate_up_shape[0]
+        self._forget()
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        out = run_experts(flat, top_k_index, top_k_weights, self.num_experts, self.run_expert)
+        if self._ready(flat, top_k_index.shape[-1]):
+            gate_up, down = self.banks()
+            out = packed_experts(flat, top_k_index, top_k_weights, gate_up, down, self.intermediate)
+        else:
+            out = run_experts(flat, top_k_index, top_k_weights, self.num_experts, self.run_expert)
         return out.view_as(hidden_states)
 
     def run_expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
@@ -72,3 +88,20 @@ class ExpertBank(nn.Module):
         """For model code that holds its experts in a list and calls them one by one."""
         number = range(self.num_experts)[expert]  # IndexError past the end, which is what ends a `for`
         return lambda x: self.run_expert(number, x)
+
+    def _sides(self) -> tuple[Side, ...]:
+        gate_up = Side([(gate, self.up[tag]) for tag, gate in self.gate.items()], self.gate.places())
+        return gate_up, Side([(down, None) for down in self.down.values()], self.down.places())
+
+    def _problem(self, key: Key) -> Problem:
+        layouts = (tuple(dict.fromkeys(layouts)) for layouts in self.layouts())
+        rank = max(bucket.spec.rank for side in self._sides() for bucket, _ in side.buckets)
+        dtype, top_k = key
+        name = activation_name(self.act_fn)
+        return Problem(EXPERTS, self.device, dtype, *layouts, rank, self.num_experts, top_k, name)
+
+
+def activation_name(act_fn: Callable[[torch.Tensor], torch.Tensor]) -> str:
+    """ "silu" for the functions and modules of torch and transformers that are that; any other's own name."""
+    name = getattr(act_fn, "__name__", type(act_fn).__name__)
+    return SILU if name in ("silu", "SiLU", "SiLUActivation") else name

@@ -131,18 +131,17 @@ template <int B, bool BF16> __device__ __forceinline__ void unpack(const u32* wo
 
 // ---- tensor cores -------------------------------------------------------------------------------------------------
 
-template <bool BF16> __device__ __forceinline__ void mma(float (&c)[4], const u32* a, u32 b0, u32 b1) {
-    if constexpr (BF16) {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                     "{%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    } else {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                     "{%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
+// c (+)= a b; with ADD false, c is only written, and the zeros need no registers.
+template <bool BF16, bool ADD> __device__ __forceinline__ void mma(float (&c)[4], const u32* a, u32 b0, u32 b1) {
+    const float x0 = ADD ? c[0] : 0.f, x1 = ADD ? c[1] : 0.f, x2 = ADD ? c[2] : 0.f, x3 = ADD ? c[3] : 0.f;
+#define MMA(TYPE)                                                                                                      \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, " \
+                 "{%10,%11,%12,%13};"                                                                                  \
+                 : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])                                                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(x0), "f"(x1), "f"(x2), "f"(x3))
+    if constexpr (BF16) MMA("bf16");
+    else MMA("f16");
+#undef MMA
 }
 
 __device__ __forceinline__ void named_barrier(int id, int threads) {

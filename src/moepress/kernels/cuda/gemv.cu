@@ -113,20 +113,22 @@ __device__ __forceinline__ void multiply(float (&y)[NT == 1 ? 2 : 4], u32 record
                 }
             }
             if constexpr (NT == 1) sum[1] = sum[0], start[1] = start[0];
-            float c[4] = {start[0], start[1], start[0], start[1]};
+            float c[4];
 #pragma unroll
-            for (int j = s * 4 / SEGMENTS; j < (s + 1) * 4 / SEGMENTS; ++j) mma<BF16>(c, a + 4 * j, b[2 * j], b[2 * j + 1]);
+            for (int j = s * 4 / SEGMENTS; j < (s + 1) * 4 / SEGMENTS; ++j)
+                if (j == s * 4 / SEGMENTS) mma<BF16, false>(c, a + 4 * j, b[2 * j], b[2 * j + 1]);
+                else mma<BF16, true>(c, a + 4 * j, b[2 * j], b[2 * j + 1]);
             const int m = M == 1 ? 0 : (u * SEGMENTS + s) * M / (U * SEGMENTS);
             const float s0 = Half<false>::lo(low[m]), z0 = Half<false>::hi(low[m]);
             const float s1 = Half<false>::lo(high[m]), z1 = Half<false>::hi(high[m]);
             if constexpr (NT == 1) {
-                y[0] = fmaf(s0, fmaf(-z0, sum[0], c[0]), y[0]);
-                y[1] = fmaf(s1, fmaf(-z1, sum[0], c[2]), y[1]);
+                y[0] = fmaf(s0, c[0] + fmaf(-z0, sum[0], start[0]), y[0]);
+                y[1] = fmaf(s1, c[2] + fmaf(-z1, sum[0], start[0]), y[1]);
             } else {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    y[i] = fmaf(s0, fmaf(-z0, sum[i], c[i]), y[i]);
-                    y[2 + i] = fmaf(s1, fmaf(-z1, sum[i], c[2 + i]), y[2 + i]);
+                    y[i] = fmaf(s0, c[i] + fmaf(-z0, sum[i], start[i]), y[i]);
+                    y[2 + i] = fmaf(s1, c[2 + i] + fmaf(-z1, sum[i], start[i]), y[2 + i]);
                 }
             }
         }
@@ -270,7 +272,9 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ Active active;
     __shared__ float all_parts[GROUPS][2][WARPS * NT * ROWS];
-    const int lane = threadIdx.x % WARP, any_warp = threadIdx.x / WARP, warp = any_warp % WARPS, group = any_warp / WARPS;
+    // by a shuffle: the same for the whole warp, so addresses of rings and records can live in uniform registers
+    const int lane = threadIdx.x % WARP, any_warp = __shfl_sync(~0u, threadIdx.x / WARP, 0);
+    const int warp = any_warp % WARPS, group = any_warp / WARPS;
     auto& parts = all_parts[group];
     const int rows_of_x = MODE == DOWN ? p.slots : NT, units = p.records * U;
     const int x_words = units * 32 + (NT > 1 ? 4 : 0);  // 16 bytes of padding: eight tokens' fragments, no bank twice

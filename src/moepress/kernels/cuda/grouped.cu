@@ -381,7 +381,9 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
         }
     } else {  // consumers
         if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        const int group = thread / 128, wg = group % WGS, kw = group / WGS, warp = thread / WARP % 4;
+        // through a shuffle, so that the compiler knows it to be the same for the whole warp, and with it the addresses of
+        // tiles: they then live in uniform registers and cost the other pipes nothing
+        const int group = __shfl_sync(~0u, thread / 128, 0), wg = group % WGS, kw = group / WGS, warp = thread / WARP % 4;
         int stage = 0;
         u32 phase = 0;
         int turn = 0;

@@ -102,8 +102,8 @@ def why_not_linear(device: torch.device, dtype: torch.dtype, layout: RecordLayou
     """None where `linear` can run, else the reason it cannot."""
     if device.type != "cuda":
         return f"CUDA kernels need a CUDA device, and this layer is on {device.type}"
-    if (capability := torch.cuda.get_device_capability(device)) < (9, 0):
-        return f"CUDA kernels need compute capability 9.0, and {device} has {'.'.join(map(str, capability))}"
+    if (capability := torch.cuda.get_device_capability(device)) != (9, 0):
+        return f"CUDA kernels are for compute capability 9.0, and {device} has {'.'.join(map(str, capability))}"
     if dtype not in DTYPES:
         return f"CUDA kernels take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if layout.columns % 8:

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""y = x W^T (+ bias) for one compressed weight in Triton, straight from the stored parts (FORMAT.md, Stored tensors).
+
+The fallback for GPUs that the CUDA kernels do not take: nothing is repacked, and memory is what the format stores. A
+program multiplies some rows of x by some rows of W and walks their columns, a piece of one group at a time: it fetches
+the byte of each code, and the next byte of those that go on in it, dequantises in float32 as the format says, rounds
+once to x's dtype and multiplies with sums in float32. A compensator is a small product before, t = x v^T, rounded to
+x's dtype, and t u^T added to the same sums. No sum depends on the order in which programs run: results repeat bitwise.
+
+The functions without a leading underscore also make the kernels of experts.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from functools import cache
+
+import torch
+
+from moepress.format.spec import BITS, FACTOR_GROUP, WeightSpec
+from moepress.format.weight import Parts
+from moepress.kernels.banks import needs_operation, no_gradient
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # builds of torch without CUDA come without Triton
+    triton = None
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LEAST_CAPABILITY = (8, 0)
+"""Of the NVIDIA GPUs that Triton compiles for."""
+STEP = 64
+"""Columns that are multiplied at once, where a group is not smaller: a power of two, so no step crosses groups."""
+RANK_STEP = 16
+"""The same for t u^T: the least that tensor cores take, because ranks are small."""
+
+
+def why_not(device: torch.device, dtype: torch.dtype, bits: int) -> str | None:
+    """None where the kernels can run on such inputs and codes of `bits` bits, else the reason they cannot."""
+    if triton is None:
+        return "Triton is not installed"
+    if bits not in BITS:
+        return f"Triton kernels know codes of {', '.join(map(str, BITS))} bits, not {bits}"
+    if dtype not in DTYPES:
+        return f"Triton kernels take bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
+    if not isinstance(_linear_kernel, triton.JITFunction):
+        return None  # TRITON_INTERPRET=1: NumPy does the work, on any device
+    if device.type != "cuda":
+        return f"Triton kernels need a GPU, and this layer is on {device.type}"
+    return _why_not_gpu(device)
+
+
+@cache
+def _why_not_gpu(device: torch.device) -> str | None:
+    if not torch.version.hip and (found := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
+        wanted, has = (".".join(map(str, each)) for each in (LEAST_CAPABILITY, found))
+        return f"Triton kernels need compute capability {wanted}, and {device} has {has}"
+    if "CC" not in os.environ and not shutil.which("gcc") and not shutil.which("clang"):
+        return "Triton needs a C compiler (gcc or clang) to launch kernels, and finds none"
+    return None
+
+
+def triton_linear(
+    x: torch.Tensor,
+    parts: Parts,
+    spec: WeightSpec,
+    out_features: int,
+    in_features: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [..., K] in bf16, fp16 or fp32 -> [..., N] in that dtype; as `reference.compressed_linear`, without gradients.
+
+    All is added in float32 and rounded once. An input that Triton cannot take is an error of Triton: ask `why_not`.
+    """
+    flat = x.reshape(-1, in_features).contiguous()
+    tensors = [parts[name].contiguous() for name in spec.parts(out_features, in_features)]
+    run = linear_op if needs_operation() else _linear
+    return run(flat, tensors, spec.tag, out_features, bias).view(*x.shape[:-1], out_features)
+
+
+def _linear(
+    x: torch.Tensor, tensors: list[torch.Tensor], tag: str, out_features: int, bias: torch.Tensor | None
+) -> torch.Tensor:
+    spec, (rows, k) = spec_of(tag), x.shape
+    parts = named(tensors, spec, out_features, k)
+    y = x.new_empty(rows, out_features)
+    if not rows:
+        return y
+    block, columns = tile(rows)
+    with torch.cuda.device_of(x):  # Triton launches on the current GPU, whichever it is
+        t = _project(x, parts, spec, block) if spec.rank else None
+        _linear_kernel[(triton.cdiv(rows, block), triton.cdiv(out_features, columns))](
+            x, t, y, bias, parts["packed"], parts["scale"], parts["zero"], *factor(parts, spec, "u"),
+            rows, out_features, k, spec.rank, **constants(spec), ROWS=block, COLUMNS=columns,
+        )  # fmt: skip
+    return y
+
+
+def _project(x: torch.Tensor, parts: Parts, spec: WeightSpec, block: int) -> torch.Tensor:
+    """t = x v^T [M, R] in x's dtype."""
+    rows, k = x.shape
+    t = x.new_empty(rows, spec.rank)
+    columns = rank_columns(spec)
+    _project_kernel[(triton.cdiv(rows, block), triton.cdiv(spec.rank, columns))](
+        x, t, *factor(parts, spec, "v"), rows, k, spec.rank, FACTOR_BITS=spec.factor_bits,
+        ROWS=block, COLUMNS=columns, STEP=STEP,
+    )  # fmt: skip
+    return t
+
+
+@torch.library.custom_op("moepress::triton_linear", mutates_args=())
+def linear_op(
+    x: torch.Tensor, tensors: list[torch.Tensor], tag: str, out_features: int, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x [M, K] -> [M, N]; `tensors` are the parts of the spec of that tag, in the order of `WeightSpec.parts`."""
+    return _linear(x, tensors, tag, out_features, bias)
+
+
+@linear_op.register_fake
+def _(x, tensors, tag, out_features, bias):
+    return x.new_empty(x.shape[0], out_features)
+
+
+linear_op.register_autograd(no_gradient)
+
+
+# ---------------------------------------------------------------------------------------------- what a launch needs
+
+spec_of = cache(WeightSpec.parse)
+
+
+def named(tensors: list[torch.Tensor], spec: WeightSpec, out_features: int, in_features: int) -> Parts:
+    """The parts of a spec by name, from a list in the order of `WeightSpec.parts`."""
+    return dict(zip(spec.parts(out_features, in_features), tensors, strict=True))
+
+
+def tile(rows: float) -> tuple[int, int]:
+    """Rows of x and rows of W of one program, where `rows` rows of x meet the matrix."""
+    if rows <= 16:
+        return 16, 32  # few rows of W, so that there are many programs: reading W is all the work
+    return (32 if rows <= 32 else 64), 64
+
+
+def rank_columns(spec: WeightSpec) -> int:
+    """Rows of v of one program."""
+    return 16 if spec.rank <= 16 else 32
+
+
+def constants(spec: WeightSpec) -> dict[str, int]:
+    """What of a spec is compiled into a kernel."""
+    return {
+        "BITS": spec.bits, "GROUP": spec.group_size, "FACTOR_BITS": spec.factor_bits,
+        "STEP": min(STEP, spec.group_size), "RANK_STEP": RANK_STEP,
+    }  # fmt: skip
+
+
+def factor(parts: Parts, spec: WeightSpec, name: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Factor `name`, u or v: its values or codes, and their scales; None for what the spec does not have."""
+    if not spec.rank:
+        return None, None
+    if spec.factor_bits == 16:
+        return parts[name], None
+    return parts[f"{name}_packed"], parts[f"{name}_scale"]
+
+
+# ---------------------------------------------------------------------------------------------- kernels
+
+if triton is not None:
+    _FACTOR_GROUP = tl.constexpr(FACTOR_GROUP)
+
+    @triton.jit
+    def codes(stream_ptr, index, inside, BITS: tl.constexpr):
+        """Codes number `index` of a stream of BITS-bit codes, int32; anything where not `inside`.
+
+        Only bytes that hold a bit of the code are read, and so none beyond the row that the code is in.
+        """
+        bit = index * BITS
+        byte, shift = bit >> 3, (bit & 7).to(tl.int32)
+        word = tl.load(stream_ptr + byte, inside, other=0).to(tl.int32)
+        if 8 % BITS != 0:
+            goes_on = inside & (shift > 8 - BITS)
+            word |= tl.load(stream_ptr + byte + 1, goes_on, other=0).to(tl.int32) << 8
+        return (word >> shift) & ((1 << BITS) - 1)
+
+    @triton.jit
+    def product(
+        x_ptr, inside, packed_ptr, scale_ptr, zero_ptr, slot, row, N: tl.constexpr, K: tl.constexpr,
+        BITS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
+    ):  # fmt: skip
+        """x W^T without the compensator, float32: one row for each of x_ptr, one column for each `row` of W.
+
+        x_ptr: pointers to rows of K values, used where `inside`. W (N, K) is number `slot` of stacked ones. `row` and
+        `slot` are int64.
+        """
+        whole = row < N
+        matrix_row = slot * N + row
+        packed_ptr += matrix_row * ((K * BITS + 7) // 8)
+        scale_ptr += matrix_row * ((K + GROUP - 1) // GROUP)
+        zero_ptr += matrix_row * ((K + GROUP - 1) // GROUP)
+        sums = tl.zeros([x_ptr.shape[0], row.shape[0]], tl.float32)
+        for start in range(0, K, STEP):
+            column = start + tl.arange(0, STEP)
+            real = whole[:, None] & (column < K)[None, :]
+            code = codes(packed_ptr[:, None], column[None, :], real, BITS).to(tl.float32)
+            zero = tl.load(zero_ptr + start // GROUP, whole, other=0.0).to(tl.float32)
+            scale = tl.load(scale_ptr + start // GROUP, whole, other=0.0).to(tl.float32)
+            weight = tl.where(real, (code - zero[:, None]) * scale[:, None], 0.0)
+            x = tl.load(x_ptr[:, None] + column[None, :], inside[:, None] & (column < K)[None, :], other=0.0)
+            sums = tl.dot(x, tl.trans(weight.to(x.dtype)), sums, input_precision="ieee")
+        return sums
+
+    @triton.jit
+    def add_factor_product(
+        sums, x_ptr, inside, values_ptr, scale_ptr, slot, row, N: tl.constexpr, K: tl.constexpr,
+        BITS: tl.constexpr, STEP: tl.constexpr,
+    ):  # fmt: skip
+        """sums + x F^T for a factor F (N, K), which is v or u; otherwise as `product`.
+
+        A factor is one stream from its first element to its last, with a scale for each 64 of them.
+        """
+        if BITS < 16:
+            values_ptr += slot * ((N * K * BITS + 7) // 8)
+            scale_ptr += slot * ((N * K + _FACTOR_GROUP - 1) // _FACTOR_GROUP)
+        else:
+            values_ptr += slot * (N * K)
+        for start in range(0, K, STEP):
+            column = start + tl.arange(0, STEP)
+            real = (row < N)[:, None] & (column < K)[None, :]
+            index = row[:, None] * K + column[None, :]
+            if BITS < 16:
+                code = codes(values_ptr, index, real, BITS) - (1 << (BITS - 1))
+                scale = tl.load(scale_ptr + index // _FACTOR_GROUP, real, other=0.0).to(tl.float32)
+                value = tl.where(real, code.to(tl.float32) * scale, 0.0)
+            else:
+                value = tl.load(values_ptr + index, real, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr[:, None] + column[None, :], inside[:, None] & (column < K)[None, :], other=0.0)
+            sums = tl.dot(x, tl.trans(value.to(x.dtype)), sums, input_precision="ieee")
+        return sums
+
+    @triton.jit
+    def _linear_kernel(
+        x_ptr, t_ptr, y_ptr, bias_ptr, packed_ptr, scale_ptr, zero_ptr, u_ptr, u_scale_ptr, rows,
+        N: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr,
+        BITS: tl.constexpr, GROUP: tl.constexpr, FACTOR_BITS: tl.constexpr,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, RANK_STEP: tl.constexpr,
+    ):  # fmt: skip
+        place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        row = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = place < rows
+        sums = product(x_ptr + place * K, inside, packed_ptr, scale_ptr, zero_ptr, 0, row, N, K, BITS, GROUP, STEP)
+        if RANK > 0:
+            sums = add_factor_product(
+                sums, t_ptr + place * RANK, inside, u_ptr, u_scale_ptr, 0, row, N, RANK, FACTOR_BITS, RANK_STEP
+            )
+        if bias_ptr is not None:
+            sums += tl.load(bias_ptr + row, row < N, other=0.0).to(tl.float32)[None, :]
+        tl.store(y_ptr + place[:, None] * N + row[None, :], sums, inside[:, None] & (row < N)[None, :])
+
+    @triton.jit
+    def _project_kernel(
+        x_ptr, t_ptr, v_ptr, v_scale_ptr, rows, K: tl.constexpr, RANK: tl.constexpr, FACTOR_BITS: tl.constexpr,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    ):  # fmt: skip
+        place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        row = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = place < rows
+        sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+        sums = add_factor_product(
+            sums, x_ptr + place * K, inside, v_ptr, v_scale_ptr, 0, row, RANK, K, FACTOR_BITS, STEP
+        )  # fmt: skip
+        tl.store(t_ptr + place[:, None] * RANK + row[None, :], sums, inside[:, None] & (row < RANK)[None, :])

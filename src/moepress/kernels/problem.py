@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Problem: what a kernel is asked to do, as far as it decides whether it can. Token counts are not part of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moepress.kernels.records import RecordLayout
+
+LINEAR, EXPERTS = "linear", "experts"
+SILU = "silu"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One layer on one device for inputs of one dtype.
+
+    `layouts` are those of its records, each kind once: of the matrix, or of the experts' gate and up interleaved;
+    `down` those of the experts' down, of which there are `experts`. `rank` is the largest compensator's, `top_k` how
+    many experts a token has.
+    `offloaded` weights come to the device for each call and go again.
+    """
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    layouts: tuple[RecordLayout, ...]
+    down: tuple[RecordLayout, ...] = ()
+    rank: int = 0
+    experts: int = 1
+    top_k: int = 1
+    activation: str = SILU
+    offloaded: bool = False

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel runs: a table, and what it says of a problem.
+
+The first row of an operation that can run is taken. On a CUDA device the reference is never taken in silence: a warning
+names each reason once. MOEPRESS_KERNELS=reference (or cuda), read when a layer meets its first input, takes that row
+and no other, and is an error where it cannot run. On the CPU the reference is what there is, and nothing is said.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moepress.errors import KernelError
+from moepress.kernels.experts import cuda as experts_cuda
+from moepress.kernels.linear import cuda as linear_cuda
+from moepress.kernels.problem import EXPERTS, LINEAR, Problem
+
+CUDA, REFERENCE = "cuda", "reference"
+OVERRIDE = "MOEPRESS_KERNELS"
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation of an operation; `why_not` gives None where it can run, else the reason."""
+
+    op: str
+    name: str
+    why_not: Callable[[Problem], str | None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A row's answer for a problem: whether it runs, and if not, why."""
+
+    name: str
+    chosen: bool
+    reason: str
+
+
+def _always(problem: Problem) -> None:
+    return None
+
+
+ROWS = (
+    # The fastest first. A Triton row, for GPUs other than NVIDIA's, belongs between the two of an operation.
+    Row(LINEAR, CUDA, linear_cuda.why_not),
+    Row(LINEAR, REFERENCE, _always),
+    Row(EXPERTS, CUDA, experts_cuda.why_not),
+    Row(EXPERTS, REFERENCE, _always),
+)
+
+
+def select(problem: Problem) -> str:
+    """The name of the row that runs. KernelError where MOEPRESS_KERNELS asks for what cannot be had."""
+    choices = explain(problem)
+    chosen = next(choice.name for choice in choices if choice.chosen)
+    if chosen == REFERENCE and problem.device.type == "cuda" and not os.environ.get(OVERRIDE):
+        for choice in choices[:-1]:
+            _warn(problem.op, choice.reason)
+    return chosen
+
+
+def explain(problem: Problem) -> list[Choice]:
+    """Every row of the problem's operation in order, one of them chosen. Errors as in `select`."""
+    reasons = {row.name: row.why_not(problem) for row in ROWS if row.op == problem.op}
+    wanted = os.environ.get(OVERRIDE)
+    if wanted and wanted not in reasons:
+        raise KernelError(f"{OVERRIDE} is {wanted!r}; choose one of {', '.join(reasons)}, or unset it")
+    if wanted and reasons[wanted] is not None:
+        raise KernelError(f"{OVERRIDE} is {wanted!r}, which cannot run {problem.op} here: {reasons[wanted]}; unset it")
+    chosen = wanted or next(name for name, reason in reasons.items() if reason is None)
+    passed_over = f"{OVERRIDE} is {wanted!r}" if wanted else f"{chosen} goes first"
+    return [
+        Choice(name, name == chosen, "" if name == chosen else reason or passed_over)
+        for name, reason in reasons.items()
+    ]
+
+
+def _warn(op: str, reason: str) -> None:
+    if reason in _warned:
+        return
+    _warned.add(reason)
+    warnings.warn(f"moepress runs {op} in plain torch on this GPU, which is many times slower: {reason}", stacklevel=3)

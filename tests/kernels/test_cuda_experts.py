@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routed experts on the CUDA kernels against float64 truth; the yardstick is torch with dequantised matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from moepress.format.manifest import BankEntry
+from moepress.format.packing import pack_codes
+from moepress.format.spec import BITS, GROUP_SIZES, WeightSpec
+from moepress.kernels import registry
+from moepress.kernels.experts.reference import run_experts
+from moepress.runtime.experts import ExpertBank
+from moepress.runtime.stored import StoredParts
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none"),
+]
+TOKENS = (1, 2, 7, 8, 9, 33, 130, 600)
+SHAPES = {"ragged": (6, 2, 136, 40), "many": (64, 8, 256, 72), "wide": (8, 2, 512, 640), "one": (4, 1, 64, 200)}
+"""Experts, chosen for a token, hidden, intermediate."""
+MIXED = "mixed"
+CASES = [
+    *((shape, bits, 64, torch.bfloat16) for shape in ("ragged", "wide") for bits in BITS),
+    *(("many", bits, group_size, torch.bfloat16) for group_size in (32, 128) for bits in (2, 3)),
+    *(("ragged", bits, 32, torch.float16) for bits in BITS),
+    *((shape, MIXED, group_size, torch.bfloat16) for group_size in GROUP_SIZES for shape in ("ragged", "wide")),
+    ("many", MIXED, 64, torch.float16), ("one", 3, 64, torch.bfloat16), ("one", MIXED, 128, torch.float16),
+]  # fmt: skip
+by_case = pytest.mark.parametrize(("shape", "bits", "group_size", "dtype"), CASES)
+
+Routing = Callable[[torch.Generator, int, int, int], torch.Tensor]
+ROUTINGS: dict[str, Routing] = {
+    "usual": lambda g, t, k, e: torch.rand(t, e, generator=g).topk(k).indices,
+    "skewed": lambda g, t, k, e: (torch.rand(t, e, generator=g) + torch.arange(e) ** 2 / e).topk(k).indices,
+    "the same for all": lambda g, t, k, e: torch.randperm(e, generator=g)[:k].repeat(t, 1),
+    "half to nobody": lambda g, t, k, e: torch.where(
+        torch.rand(t, k, generator=g) < 0.5, -1, torch.rand(t, e, generator=g).topk(k).indices
+    ),
+    "all to nobody": lambda g, t, k, e: torch.tensor([-1, e, 10**6]).repeat(t * k)[: t * k].view(t, k),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    """All kernels of this file side by side, which takes a fraction of the time that they take one by one."""
+    from moepress.kernels.cuda import run
+
+    for dtype in (torch.bfloat16, torch.float16):
+        cases = [case[:3] for case in CASES if case[3] == dtype]
+        banks = {(*bank(*case).layouts(), SHAPES[case[0]][1]) for case in cases}
+        run.warm([], sorted(banks, key=repr), dtype, torch.device("cuda", 0))
+
+
+@pytest.fixture(autouse=True)
+def _defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(registry.OVERRIDE, raising=False)
+
+
+def bank(shape: str, bits: int | str, group_size: int) -> ExpertBank:
+    """On the CPU: random codes, a scale and a zero of its own for each group; widths in turn where they are mixed."""
+    experts, _, hidden, inner = SHAPES[shape]
+    widths = [BITS[e % len(BITS)] if bits == MIXED else int(bits) for e in range(experts)]
+    gate_up = tuple(WeightSpec(bits=b, group_size=group_size) for b in widths)
+    entry = BankEntry((inner, hidden), (hidden, inner), gate_up, gate_up[::-1])
+    made = ExpertBank(entry, torch.nn.functional.silu)
+    generator = torch.Generator().manual_seed(6)
+    for each in made.modules():
+        if isinstance(each, StoredParts):
+            full = 2**each.spec.bits
+            size = (each.count, each.out_features, each.in_features)
+            codes = torch.randint(0, full, size, generator=generator, dtype=torch.uint8)
+            each.packed.copy_(pack_codes(codes, each.spec.bits))
+            each.scale.copy_(
+                3.5 / each.in_features**0.5 / full * (0.5 + torch.rand(each.scale.shape, generator=generator))
+            )
+            each.zero.copy_(full * (0.3 + 0.4 * torch.rand(each.zero.shape, generator=generator)))
+    return made
+
+
+def dense(made: ExpertBank, dtype: torch.dtype) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """The same experts as plain matrices of that dtype."""
+    matrices = [[getattr(made, p).dequantize(e).to(dtype) for p in ("gate", "up", "down")] for e in range(len(made))]
+
+    def expert(e: int, x: torch.Tensor) -> torch.Tensor:
+        gate, up, down = matrices[e]
+        return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    return expert
+
+
+def routed(shape: str, tokens: int, routing: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    experts, chosen, hidden, _ = SHAPES[shape]
+    generator = torch.Generator().manual_seed(tokens)
+    ids = ROUTINGS[routing](generator, tokens, chosen, experts)
+    x = torch.randn(tokens, hidden, generator=generator)
+    weights = 0.1 + torch.rand(tokens, chosen, generator=generator)
+    return x.to("cuda", dtype), ids.cuda(), weights.to("cuda", dtype)
+
+
+def check(y: torch.Tensor, truth: torch.Tensor, plain: torch.Tensor, what: str) -> None:
+    """At most twice the error of torch in the same dtype."""
+    assert y.shape == truth.shape and y.dtype == plain.dtype and y.isfinite().all(), what
+    error, yardstick = ((found.double() - truth).abs() for found in (y, plain))
+    eps = 1e-6 * truth.abs().max()
+    rms, bound = error.square().mean().sqrt(), 2 * yardstick.square().mean().sqrt() + eps
+    assert rms <= bound, f"{what}: rms {rms:.3g}, at most {bound:.3g}"
+    assert error.max() <= 2 * yardstick.max() + eps, f"{what}: max {error.max():.3g}, torch {yardstick.max():.3g}"
+
+
+@by_case
+def test_against_float64(shape: str, bits: int | str, group_size: int, dtype: torch.dtype) -> None:
+    made = bank(shape, bits, group_size).cuda()
+    exact, rounded = dense(made, torch.float64), dense(made, dtype)
+    with torch.no_grad():
+        for tokens in TOKENS:
+            for routing in ROUTINGS:
+                x, ids, weights = routed(shape, tokens, routing, dtype)
+                what = f"{tokens} tokens, {routing}"
+                y = made(x, ids, weights)
+                truth = run_experts(x.double(), ids, weights.double(), len(made), exact)
+                check(y, truth, run_experts(x, ids, weights, len(made), rounded), what)
+                assert torch.equal(made(x, ids, weights), y), f"{what}: not bitwise repeatable"
+                assert torch.equal(made(x, ids.int(), weights), y), f"{what}: ids as int32"
+                check(made(x, ids, weights.float()), truth, run_experts(x, ids, weights, len(made), rounded), what)
+    assert made.is_packed
+
+
+def test_tokens_do_not_depend_on_each_other() -> None:
+    made = bank("many", 3, 32).cuda()
+    x, ids, weights = routed("many", 600, "usual", torch.bfloat16)
+    with torch.no_grad():
+        y = made(x, ids, weights)
+        x[300:] = float("nan")
+        ids[300:] = -1
+        again = made(x, ids, weights)
+    torch.testing.assert_close(again[:300], y[:300], atol=0.02, rtol=0.02)  # tiles differ, and so may the order of sums
+    assert not again[300:].any()
+
+
+def test_the_stored_tensors_survive() -> None:
+    made = bank("ragged", MIXED, 64)
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    one = made.run_expert(2, torch.ones(1, 136))
+    made.cuda()
+    x, ids, weights = routed("ragged", 3, "usual", torch.bfloat16)
+    with torch.no_grad():
+        y = made(x, ids, weights)
+        assert made.is_packed
+        torch.testing.assert_close(made[2](torch.ones(1, 136).cuda()).cpu(), one, atol=1e-3, rtol=1e-3)
+    assert all(torch.equal(tensor.cpu(), before[name]) for name, tensor in made.state_dict().items())
+    made.cpu()
+    assert not made.is_packed and all(torch.equal(t, before[name]) for name, t in made.state_dict().items())
+    made.cuda()
+    with torch.no_grad():
+        assert torch.equal(made(x, ids, weights), y)
+
+
+def test_packing_frees_the_parts() -> None:
+    made = bank("wide", 4, 64).cuda()
+    before = torch.cuda.memory_allocated()
+    made.pack()
+    assert torch.cuda.memory_allocated() - before < 1 << 16
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_graphs_replay_with_new_inputs_and_routing(tokens: int) -> None:
+    made = bank("ragged", MIXED, 64).cuda()
+    x, ids, weights = routed("ragged", tokens, "usual", torch.bfloat16)
+    with torch.no_grad():
+        made(x, ids, weights)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = made(x, ids, weights)
+        for routing in ("skewed", "half to nobody", "the same for all", "all to nobody"):
+            for target, new in zip((x, ids, weights), routed("ragged", tokens, routing, torch.bfloat16), strict=True):
+                target.copy_(new)
+            x.mul_(2)
+            graph.replay()
+            assert torch.equal(y, made(x, ids, weights)), routing
+
+
+class Layer(torch.nn.Module):
+    """A router and its experts."""
+
+    def __init__(self, made: ExpertBank, chosen: int, hidden: int) -> None:
+        super().__init__()
+        self.experts, self.chosen = made, chosen
+        self.router = torch.nn.Linear(hidden, len(made), bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        top = torch.softmax(self.router(x), -1, dtype=torch.float32).topk(self.chosen)
+        return x + self.experts(x, top.indices, top.values)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_code_keeps_the_kernels(mode: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model: Any = Layer(bank("ragged", MIXED, 64), 2, 136).bfloat16().cuda()
+    with torch.no_grad():
+        x = torch.randn(4, 136, device="cuda").bfloat16()
+        model(x)
+        compiled = torch.compile(model, fullgraph=True, mode=mode)
+        for _ in range(4):
+            x.copy_(torch.randn(4, 136))
+            y, wanted = compiled(x).clone(), model(x)
+            assert (y - wanted).norm() <= 0.02 * wanted.norm()
+
+
+def test_a_bank_with_compensators_runs_the_reference_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_warned", set())
+    specs = (WeightSpec(bits=3, group_size=64, rank=2, factor_bits=16), WeightSpec(bits=3, group_size=64))
+    made = ExpertBank(BankEntry((72, 64), (64, 72), specs, specs), torch.nn.functional.silu).cuda()
+    for buffer in made.buffers():
+        buffer.zero_()
+    x, ids = torch.ones(2, 64, device="cuda").bfloat16(), torch.zeros(2, 1, dtype=torch.long, device="cuda")
+    with torch.no_grad(), pytest.warns(UserWarning, match="compensators of experts have no kernel yet"):
+        made(x, ids, torch.ones(2, 1, device="cuda").bfloat16())
+    assert not made.is_packed

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole models on a GPU: loaded, packed, generating, saved and moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import moepress
+from moepress.kernels import registry
+from moepress.runtime.packable import Packable
+from tiny import NATIVE, read_all, tokens
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none"),
+]
+COMPILED = ("qwen3_moe", "deepseek_v3")
+"""Families that are compiled as well; each takes a minute."""
+
+
+@pytest.fixture(autouse=True)
+def _defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(registry.OVERRIDE, raising=False)
+
+
+def load(folder: Path, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device)
+
+
+def layers_of(model: Any) -> list[Packable]:
+    return [module for module in model.modules() if isinstance(module, Packable)]
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens().to(model.device)).logits.double().cpu()
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_logits(pressed: Callable[..., Path], family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pressed(family, method="rtn", group_size=32)
+    model = load(folder)
+    assert all(layer.is_packed for layer in layers_of(model)) and model.hf_quantizer.is_compileable
+    exact = logits(load(folder, "cpu", torch.float32))
+    monkeypatch.setenv(registry.OVERRIDE, "reference")
+    plain = load(folder)
+    assert not any(layer.is_packed for layer in layers_of(plain))
+    error, yardstick = ((logits(each) - exact).norm() for each in (model, plain))
+    assert 0 < error <= 2 * yardstick, f"{error / exact.norm():.3g} against {yardstick / exact.norm():.3g}"
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_generate_with_a_static_cache(pressed: Callable[..., Path], family: str) -> None:
+    torch._dynamo.reset()
+    model = load(pressed(family, method="rtn", group_size=32))
+    ids = tokens().cuda()
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, min_new_tokens=12, do_sample=False,
+        cache_implementation="static", disable_compile=family not in COMPILED,
+    )  # fmt: skip
+    assert found.shape == (2, 21)
+    with torch.no_grad():
+        scores = model(found[:, :-1]).logits[:, 8:].float()
+    spread, scores[..., 2] = scores.std(), -torch.inf  # min_new_tokens forbids the end of the text
+    taken = scores.gather(-1, found[:, 9:, None])[..., 0]
+    assert (scores.max(-1).values - taken).max() <= 0.05 * spread, "not greedy"
+
+
+def test_a_model_that_is_moved(pressed: Callable[..., Path], tmp_path: Path) -> None:
+    folder = pressed("qwen2_moe", method="milo", group_size=32, ranks="dense-4", iterations=0)
+    model = load(folder, "cpu")
+    model.cuda()
+    assert not any(layer.is_packed for layer in layers_of(model))
+    first = logits(model)
+    assert all(layer.is_packed for layer in layers_of(model))
+    model.save_pretrained(tmp_path / "again")
+    before, after = read_all(folder), read_all(tmp_path / "again")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    model.cpu()
+    assert not any(layer.is_packed for layer in layers_of(model))
+    assert (logits(model) - first).norm() <= 0.03 * first.norm()
+    moepress.warmup(model.cuda())
+    assert all(layer.is_packed for layer in layers_of(model)) and model.hf_quantizer.is_compileable
+    assert torch.equal(logits(model), first)
+
+
+def test_a_graph_after_warmup_and_one_call(pressed: Callable[..., Path]) -> None:
+    model = load(pressed("olmoe", method="rtn"), "cpu").cuda()
+    moepress.warmup(model)
+    x = torch.randn(1, 64, device="cuda").bfloat16()
+    layer = next(each for each in layers_of(model) if hasattr(each, "bias"))
+    with torch.no_grad():
+        layer(x)  # loads what was compiled, which a capture forbids
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        graph.replay()
+        assert torch.equal(y, layer(x))

@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed layers are still what the checkpoint stored, and run on kernels where there are some (stand-ins, here)."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+import moepress
+from moepress.errors import KernelError
+from moepress.format.manifest import BankEntry, LinearEntry
+from moepress.format.packing import pack_codes
+from moepress.format.spec import BITS, GROUP_SIZES, WeightSpec
+from moepress.kernels import registry
+from moepress.kernels.experts.cuda import experts_op
+from moepress.kernels.linear.cuda import linear_op
+from moepress.runtime.experts import ExpertBank
+from moepress.runtime.linear import CompressedLinear
+from moepress.runtime.packable import Packable
+from moepress.runtime.stored import BASE, StoredParts
+from stand_in import Kernels, stand_in
+from tiny import NATIVE, read_all, tokens
+
+PLAIN = [WeightSpec(bits=bits, group_size=32) for bits in BITS]
+RANKED = [WeightSpec(bits=3, group_size=64, rank=4, factor_bits=3), WeightSpec(bits=2, group_size=32)]
+specs = st.builds(
+    WeightSpec, bits=st.sampled_from(BITS), group_size=st.sampled_from(GROUP_SIZES),
+    rank=st.sampled_from((0, 0, 3)), factor_bits=st.just(0),
+)  # fmt: skip
+
+
+def spec_of(bits: int, group_size: int, rank: int) -> WeightSpec:
+    return WeightSpec(bits=bits, group_size=group_size, rank=rank, factor_bits=8 if rank else 0)
+
+
+def fill(module: torch.nn.Module, seed: int = 0) -> Any:
+    """Random codes, scales, zeros and factors; spare bits of the last byte of a row are zero, as the format says."""
+    generator = torch.Generator().manual_seed(seed)
+    for each in module.modules():
+        if isinstance(each, StoredParts):
+            lead = () if each.count is None else (each.count,)
+            for name, part in each.parts().items():
+                if name == "packed":
+                    shape = (*lead, each.out_features, each.in_features)
+                    codes = torch.randint(0, 2**each.spec.bits, shape, generator=generator, dtype=torch.uint8)
+                    part.copy_(pack_codes(codes, each.spec.bits))
+                elif part.dtype == torch.uint8:
+                    part.copy_(torch.randint(0, 256, part.shape, generator=generator))
+                else:
+                    middle = 2.0 ** (each.spec.bits - 1) if name == "zero" else 0.1 / 2**each.spec.bits
+                    part.copy_(middle * (0.5 + torch.rand(part.shape, generator=generator)))
+    return module
+
+
+def linear(spec: WeightSpec = PLAIN[2], n: int = 24, k: int = 72, bias: bool = True) -> CompressedLinear:
+    own = torch.nn.Parameter(torch.linspace(-1, 1, n), requires_grad=False) if bias else None
+    return fill(CompressedLinear(LinearEntry(spec, (n, k)), own))
+
+
+def bank(gate_up: list[WeightSpec], down: list[WeightSpec], inner: int = 40, hidden: int = 72) -> ExpertBank:
+    entry = BankEntry((inner, hidden), (hidden, inner), tuple(gate_up), tuple(down))
+    return fill(ExpertBank(entry, torch.nn.functional.silu))
+
+
+def mixed() -> ExpertBank:
+    """Seven widths, in another order down than up."""
+    return bank(PLAIN, PLAIN[::-1])
+
+
+def contents(module: torch.nn.Module) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
+    return {
+        name: (t.dtype, tuple(t.shape), t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, t in module.state_dict().items()
+    }
+
+
+def routed(count: int = 5, experts: int = 7, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.rand(count, experts, generator=generator)
+    top = scores.topk(2, dim=1)
+    return torch.randn(count, 72, generator=generator).to(dtype), top.indices, torch.softmax(top.values, 1).to(dtype)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    monkeypatch.delenv(registry.OVERRIDE, raising=False)
+    return stand_in(monkeypatch)
+
+
+# ---------------------------------------------------------------------------------------------- stored tensors
+
+
+@settings(max_examples=60)
+@given(
+    bits=st.sampled_from(BITS), group_size=st.sampled_from(GROUP_SIZES), rank=st.sampled_from((0, 0, 2)),
+    n=st.integers(3, 70), k=st.integers(3, 300), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_a_packed_linear_stores_the_same_bytes(
+    bits: int, group_size: int, rank: int, n: int, k: int, seed: int
+) -> None:
+    layer = fill(CompressedLinear(LinearEntry(spec_of(bits, group_size, rank), (n, k)), None), seed)
+    before, weight, names = contents(layer), layer.dequantize(), [name for name, _ in layer.named_buffers()]
+    layer.pack()
+    assert layer.is_packed and not set(BASE) & {name for name, _ in layer.named_buffers()}
+    assert list(contents(layer)) == list(before) and contents(layer) == before
+    assert torch.equal(layer.dequantize(), weight)
+    layer.pack()
+    layer.unpack()
+    layer.unpack()
+    assert not layer.is_packed and contents(layer) == before
+    assert [name for name, _ in layer.named_buffers()] == names
+
+
+@settings(max_examples=30)
+@given(
+    kinds=st.lists(st.tuples(st.sampled_from(BITS), st.sampled_from(GROUP_SIZES), st.sampled_from((0, 0, 2))),
+                   min_size=1, max_size=5),
+    inner=st.integers(3, 40), hidden=st.integers(3, 140),
+)  # fmt: skip
+def test_a_packed_bank_stores_the_same_bytes(kinds: list[tuple[int, int, int]], inner: int, hidden: int) -> None:
+    chosen = [spec_of(*kind) for kind in kinds]
+    made = bank(chosen, chosen[::-1], inner, hidden)
+    before = contents(made)
+    dense = [made.gate.dequantize(e) for e in range(len(kinds))] + [made.up.dequantize(e) for e in range(len(kinds))]
+    x = torch.randn(3, hidden, generator=torch.Generator().manual_seed(1))
+    y = [made[e](x) for e in range(len(kinds))]
+    made.pack()
+    assert made.is_packed and list(contents(made)) == list(before) and contents(made) == before
+    again = [made.gate.dequantize(e) for e in range(len(kinds))] + [made.up.dequantize(e) for e in range(len(kinds))]
+    assert all(torch.equal(a, b) for a, b in zip(again, dense, strict=True))
+    assert all(torch.equal(made[e](x), y[e]) for e in range(len(kinds)))
+    made.unpack()
+    assert not made.is_packed and contents(made) == before
+
+
+def test_records_replace_the_parts_in_memory() -> None:
+    made = bank([PLAIN[2]] * 4, [PLAIN[3]] * 4, inner=128, hidden=256)
+    before = sum(buffer.numel() * buffer.element_size() for buffer in made.buffers())
+    made.pack()
+    names = {name.rpartition(".")[2] for name, _ in made.named_buffers()}
+    after = sum(buffer.numel() * buffer.element_size() for buffer in made.buffers())
+    assert names == {"records"} and after == before
+    assert "in records" in repr(made)
+
+
+def test_packing_inside_inference_mode_leaves_ordinary_tensors() -> None:
+    layer = linear()
+    with torch.inference_mode():
+        layer.pack()
+    assert not layer.records.is_inference()
+    with torch.inference_mode():
+        layer.unpack()
+    assert not layer.packed.is_inference()
+
+
+# ---------------------------------------------------------------------------------------------- moves, loads, copies
+
+
+@pytest.mark.parametrize("make", [linear, mixed])
+def test_casts_never_round_a_packed_layer(make: Callable[[], Packable]) -> None:
+    layer = make()
+    stored = {name: value for name, value in contents(layer).items() if name != "bias"}
+    layer.pack()
+    for cast in (layer.bfloat16, layer.half, layer.double, lambda: layer.to(torch.float32)):
+        cast()
+        assert layer.is_packed
+        assert {name: value for name, value in contents(layer).items() if name != "bias"} == stored
+
+
+@pytest.mark.parametrize("make", [linear, mixed])
+def test_loading_a_state_dict_unpacks(make: Callable[[], Packable]) -> None:
+    layer, other = make(), fill(make(), seed=5)
+    assert contents(layer) != contents(other)
+    layer.pack()
+    layer.load_state_dict(other.state_dict())
+    assert not layer.is_packed and contents(layer) == contents(other)
+    other.pack()
+    layer.load_state_dict(other.state_dict())
+    assert contents(layer) == contents(other)
+
+
+def test_loading_into_a_part_of_a_packed_bank_is_refused() -> None:
+    made = mixed()
+    state = made.gate.state_dict()
+    made.pack()
+    with pytest.raises(KernelError, match="load into the whole layer"):
+        made.gate.load_state_dict(state)
+
+
+@pytest.mark.parametrize("make", [linear, mixed])
+@pytest.mark.parametrize("pickled", [True, False])
+def test_a_copy_makes_its_own_tables(make: Callable[[], Packable], pickled: bool, kernels: Kernels) -> None:
+    layer = make()
+    x = routed()
+    arguments = x if isinstance(layer, ExpertBank) else x[:1]
+    with torch.no_grad():
+        y = layer(*arguments)
+        if pickled:
+            file = io.BytesIO()
+            torch.save(layer, file)
+            file.seek(0)
+            twin = torch.load(file, weights_only=False)
+        else:
+            twin = copy.deepcopy(layer)
+        for buffer in layer.buffers():
+            buffer.zero_()
+        del layer
+        assert twin.is_packed and torch.equal(twin(*arguments), y)
+    assert len(kernels.calls) == 2
+
+
+# ---------------------------------------------------------------------------------------------- choice and calls
+
+
+def test_without_a_gpu_nothing_is_packed() -> None:
+    layer, made = linear(), mixed()
+    assert not layer.settle(torch.bfloat16) and not made.settle(torch.bfloat16, 2)
+    layer(torch.randn(2, 72))
+    made(*routed())
+    assert not layer.is_packed and not made.is_packed
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (3,), (2, 3), (0,)])
+@pytest.mark.parametrize("spec", [PLAIN[2], RANKED[0]], ids=lambda spec: spec.tag)
+def test_a_linear_runs_on_the_kernel(lead: tuple[int, ...], spec: WeightSpec, kernels: Kernels) -> None:
+    layer = linear(spec)
+    x = torch.randn(*lead, 72, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = layer(x)  # float32: the reference
+        found = layer.bfloat16()(x.bfloat16())
+    assert layer.is_packed and kernels.calls == (["linear"] if math.prod(lead) else [])
+    assert found.dtype == torch.bfloat16 and found.shape == wanted.shape
+    torch.testing.assert_close(found.float(), wanted, atol=0.1, rtol=0.02)
+
+
+def test_inputs_may_begin_anywhere(kernels: Kernels) -> None:
+    layer, made, (x, ids, weights) = linear().bfloat16(), mixed(), routed()
+    odd = torch.cat([torch.zeros(1), x.flatten()]).bfloat16()[1:].view_as(x)
+    with torch.no_grad():
+        assert torch.equal(layer(odd), layer(x)) and torch.equal(made(odd, ids, weights), made(x, ids, weights))
+
+
+def test_a_mixed_bank_runs_on_the_kernels(kernels: Kernels) -> None:
+    made = mixed()
+    x, ids, weights = routed(6)
+    ids[2, 1] = -1
+    with torch.no_grad():
+        wanted = made(x.float(), ids, weights)
+        for given_ids in (ids, ids.int(), ids.to(torch.int16)):
+            for given_weights in (weights, weights.float(), weights.double()):
+                found = made(x.view(2, 3, 72), given_ids, given_weights)
+                torch.testing.assert_close(found.view(6, 72).float(), wanted, atol=0.1, rtol=0.02)
+    assert made.is_packed and kernels.calls == ["experts"] * 9
+    assert made(x[:0], ids[:0], weights[:0]).shape == (0, 72)
+
+
+@pytest.mark.parametrize("gate_up", [RANKED, [PLAIN[2], WeightSpec(bits=3, group_size=64)]], ids=["rank", "groups"])
+def test_banks_without_a_kernel_stay_as_they_are(gate_up: list[WeightSpec], kernels: Kernels) -> None:
+    made = bank(gate_up, [PLAIN[2]] * 2)
+    with torch.no_grad():
+        made(*routed(experts=2))
+    assert not made.is_packed and not kernels.calls
+
+
+def test_a_packed_layer_that_gets_float32_runs_the_reference(kernels: Kernels) -> None:
+    layer, made = linear(), mixed()
+    x, ids, weights = routed(dtype=torch.float32)
+    with torch.no_grad():
+        wanted = layer(x), made(x, ids, weights)
+        layer(x.bfloat16()), made(x.bfloat16(), ids, weights)
+        assert layer.is_packed and made.is_packed
+        assert torch.equal(layer(x), wanted[0]) and torch.equal(made(x, ids, weights), wanted[1])
+    assert kernels.calls == ["linear", "experts"]
+
+
+def test_a_move_makes_new_tables(kernels: Kernels) -> None:
+    layer = linear()
+    with torch.no_grad():
+        y = layer(routed()[0])
+        layer._apply(torch.clone)  # as .to() does: the records lie elsewhere
+        assert torch.equal(layer(routed()[0]), y)
+
+
+def test_the_override_holds_for_layers(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(registry.OVERRIDE, "reference")
+    layer = linear()
+    layer.bfloat16()(routed()[0])
+    assert not layer.is_packed and not kernels.calls
+    monkeypatch.setenv(registry.OVERRIDE, "cuda")
+    with pytest.raises(KernelError, match=r"cannot run linear here: inputs are torch\.float32"):
+        linear(bias=False)(routed()[0].float())
+
+
+def test_offloaded_layers_are_not_packed(kernels: Kernels) -> None:
+    x, plain = routed()[0], linear().bfloat16()
+    with torch.no_grad():
+        wanted = plain(x)
+        kernels.calls.clear()
+        layer = torch.nn.Sequential(linear().bfloat16())
+        cpu_offload(layer, execution_device=torch.device("cpu"), offload_buffers=True)
+        for _ in range(2):
+            torch.testing.assert_close(layer(x), wanted, atol=0.1, rtol=0.02)
+    assert not kernels.calls and layer[0].holder().is_meta
+
+
+# ---------------------------------------------------------------------------------------------- torch
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("make", [linear, mixed])
+def test_compiled_code_keeps_the_operation_whole(make: Callable[[], Packable], backend: str, kernels: Kernels) -> None:
+    torch._dynamo.reset()
+    layer, given_ = make().bfloat16(), routed()
+    arguments = given_ if isinstance(layer, ExpertBank) else given_[:1]
+    layer.settle(torch.bfloat16, 2 if isinstance(layer, ExpertBank) else 1)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        assert torch.equal(compiled(*arguments), layer(*arguments))
+        assert torch.equal(compiled(*(tensor[:3] for tensor in arguments)), layer(*(t[:3] for t in arguments)))
+
+
+@pytest.mark.parametrize("make", [linear, mixed])
+def test_compiled_code_on_the_cpu_needs_no_settling(make: Callable[[], Packable]) -> None:
+    torch._dynamo.reset()
+    layer, x = make(), routed(dtype=torch.float32)
+    arguments = x if isinstance(layer, ExpertBank) else x[:1]
+    compiled = torch.compile(layer, backend="eager", fullgraph=isinstance(layer, CompressedLinear))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*arguments), layer(*arguments))
+
+
+def test_the_operations_are_what_torch_expects(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stand_in.CHECKS_ADDRESSES", False)
+    layer, made = linear().bfloat16(), mixed().bfloat16()
+    layer.settle(torch.bfloat16)
+    made.settle(torch.bfloat16, 2)
+    x, ids, weights = routed()
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    (own,), banks = layer.banks(), made.banks()
+    for bias in (None, layer.bias):
+        torch.library.opcheck(linear_op, (x, *own[:3], bias, 24), test_utils=checks)
+    torch.library.opcheck(
+        experts_op, (x, ids, weights, *banks[0][:3], *banks[1][:3], made.intermediate), test_utils=checks
+    )
+
+
+def test_without_gradients_calls_go_past_the_operation(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = linear().bfloat16(), routed()[0]
+    seen = []
+    rebuilt = moepress.kernels.linear.cuda.rebuild
+    monkeypatch.setattr(
+        moepress.kernels.linear.cuda, "rebuild", lambda *arguments: seen.append(1) or rebuilt(*arguments)
+    )
+    with torch.no_grad():
+        y = layer(x)
+    assert not seen and torch.equal(layer(x), y) and seen
+
+
+def test_a_backward_pass_says_that_there_is_none(kernels: Kernels) -> None:
+    x, ids, weights = routed()
+    x.requires_grad_()
+    for y in (linear().bfloat16()(x), mixed().bfloat16()(x, ids, weights)):
+        with pytest.raises(KernelError, match=r"no gradients: call the model under torch.no_grad\(\), or"):
+            y.sum().backward()
+
+
+# ---------------------------------------------------------------------------------------------- whole models
+
+
+def layers_of(model: Any) -> list[Packable]:
+    return [module for module in model.modules() if isinstance(module, Packable)]
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_a_packed_model_saves_what_it_was_loaded_from(
+    pressed: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    folder = pressed(family, method="milo", group_size=32, ranks="dense-4+sparse-2", iterations=0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        wanted = model(tokens()).logits
+    for layer in layers_of(model):
+        layer.pack()
+    with torch.no_grad():
+        assert torch.equal(model(tokens()).logits, wanted)
+    model.save_pretrained(tmp_path / "again", max_shard_size="100KB")
+    before, after = read_all(folder), read_all(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert all(before[n].dtype == after[n].dtype and torch.equal(before[n], after[n]) for n in before)
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_a_model_where_there_are_kernels(pressed: Callable[..., Path], family: str, kernels: Kernels) -> None:
+    folder = pressed(family, method="rtn", group_size=32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert all(layer.is_packed for layer in layers_of(model))
+    assert model.hf_quantizer.is_compileable
+    with torch.no_grad():
+        found = model(tokens()).logits.float()
+    assert {"linear", "experts"} == set(kernels.calls)
+    for layer in layers_of(model):
+        layer.unpack()
+    assert not any(layer.is_packed for layer in layers_of(model))
+    wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        exact = wanted(tokens()).logits
+    assert (found - exact).norm() < 0.05 * exact.norm()
+    new = model.generate(tokens(), max_new_tokens=4, min_new_tokens=4, cache_implementation="static", do_sample=False)
+    assert new.shape == (2, 13) and all(layer.is_packed for layer in layers_of(model))
+
+
+def test_warmup_packs_and_compiles(
+    pressed: Callable[..., Path], kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(registry.OVERRIDE, "reference")
+    model = AutoModelForCausalLM.from_pretrained(pressed("olmoe", method="rtn"), dtype=torch.bfloat16)
+    assert not any(layer.is_packed for layer in layers_of(model)) and not model.hf_quantizer.is_compileable
+    moepress.warmup(model)
+    assert not kernels.warmed
+    monkeypatch.delenv(registry.OVERRIDE)
+    for layer in layers_of(model):
+        layer._forget()
+    moepress.warmup(model)
+    assert all(layer.is_packed for layer in layers_of(model)) and model.hf_quantizer.is_compileable
+    assert kernels.warmed == [(2, [2], torch.bfloat16, "cpu")]  # two shapes in attention; both layers are alike
+    moepress.warmup(torch.nn.Sequential(linear(bias=False)), torch.float16)
+    assert kernels.warmed[1:] == [(1, [], torch.float16, "cpu")]
+
+
+@pytest.mark.parametrize(("chosen", "compileable"), [
+    ({"method": "rtn"}, True),
+    ({"method": "rtn", "keep": ("expert",)}, False),
+    ({"method": "rtn", "keep": ("attn",)}, True),
+    ({"method": "milo", "ranks": "dense-4", "iterations": 0}, True),
+    ({"method": "milo", "ranks": "sparse-2", "iterations": 0}, False),
+])  # fmt: skip
+def test_generate_may_compile_where_no_expert_needs_a_loop(
+    pressed: Callable[..., Path], chosen: dict[str, Any], compileable: bool, kernels: Kernels
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pressed("olmoe", **chosen), dtype=torch.bfloat16)
+    assert model.hf_quantizer.is_compileable == compileable
+
+
+def test_on_the_cpu_generate_does_not_compile(pressed: Callable[..., Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pressed("olmoe", method="rtn"), dtype=torch.bfloat16)
+    assert not model.hf_quantizer.is_compileable
+    moepress.warmup(model)
+    assert not any(layer.is_packed for layer in layers_of(model))

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""moepress.kernels.cuda.run by what its functions mean, on any device: everything around the kernels without a GPU.
+
+Addresses in the tables are held against those of the records, so that a bank that outlives a move is noticed.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+import moepress.kernels.cuda as package
+from moepress.kernels import banks
+from moepress.kernels.experts.reference import run_experts
+from moepress.kernels.records import RecordLayout, deinterleave, dequantize_records
+
+CHECKS_ADDRESSES = True
+"""Off for checks that give an operation clones of its arguments."""
+
+
+@dataclass(frozen=True)
+class RecordBank:
+    records: tuple[torch.Tensor, ...]
+    layouts: tuple[RecordLayout, ...]
+    where: tuple[tuple[int, int], ...]
+    table: torch.Tensor
+
+    @classmethod
+    def build(
+        cls, records: Sequence[torch.Tensor], layouts: Sequence[RecordLayout], where: Sequence[tuple[int, int]]
+    ) -> RecordBank:
+        table = torch.tensor([cls.row(records, layouts, *place) for place in where], device=records[0].device)
+        return cls(tuple(records), tuple(layouts), tuple(where), table)
+
+    @staticmethod
+    def row(records: Sequence[torch.Tensor], layouts: Sequence[RecordLayout], which: int, slot: int) -> tuple[int, int]:
+        return records[which].data_ptr() + slot * layouts[which].num_bytes, layouts[which].word_bits
+
+    def weight(self, expert: int) -> torch.Tensor:
+        which, slot = self.where[expert]
+        if CHECKS_ADDRESSES:
+            wanted = list(self.row(self.records, self.layouts, which, slot))
+            assert self.table[expert].tolist() == wanted, "the table points elsewhere"
+        return dequantize_records(self.records[which][slot], self.layouts[which])
+
+
+class Kernels(types.ModuleType):
+    """The module; `calls` are the names of what was called."""
+
+    def __init__(self) -> None:
+        super().__init__("moepress.kernels.cuda.run")
+        self.calls: list[str] = []
+        self.warmed: list[Any] = []
+        self.RecordBank, self.MAX_EXPERTS = RecordBank, 512
+
+    def why_not_linear(self, device: torch.device, dtype: torch.dtype, layout: RecordLayout) -> str | None:
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"inputs are {dtype}"
+        return f"{layout.columns} inputs are no multiple of 8" if layout.columns % 8 else None
+
+    def why_not_experts(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        gate_up: Sequence[RecordLayout],
+        down: Sequence[RecordLayout],
+        top_k: int,
+        activation: str,
+    ) -> str | None:
+        if activation != "silu":
+            return f"the activation is {activation}"
+        return next(
+            (reason for each in (*gate_up, *down) if (reason := self.why_not_linear(device, dtype, each))), None
+        )
+
+    def linear(self, x: torch.Tensor, bank: RecordBank, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
+        self.calls.append("linear")
+        assert x.is_contiguous() and x.data_ptr() % 16 == 0 and len(x) and (bias is None or bias.dtype == x.dtype)
+        y = x.float() @ bank.weight(0).T
+        assert y.shape[1] == out_features
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        gate_up: RecordBank,
+        down: RecordBank,
+        intermediate: int,
+    ) -> torch.Tensor:
+        self.calls.append("experts")
+        assert x.is_contiguous() and x.data_ptr() % 16 == 0 and len(x) and weights.dtype in (torch.float32, x.dtype)
+        assert ids.dtype in (torch.int64, torch.int32)
+
+        def expert(number: int, tokens: torch.Tensor) -> torch.Tensor:
+            gate, up = deinterleave(gate_up.weight(number), intermediate)
+            return (torch.nn.functional.silu(tokens @ gate.T) * (tokens @ up.T)) @ down.weight(number).T
+
+        return run_experts(x.float(), ids, weights.float(), len(down.where), expert).to(x.dtype)
+
+    def warm(
+        self,
+        linears: Sequence[Sequence[RecordLayout]],
+        banks: Sequence[tuple[Sequence[RecordLayout], Sequence[RecordLayout], int]],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        assert all(isinstance(each, RecordLayout) for layouts in linears for each in layouts)
+        assert all(isinstance(each, RecordLayout) for gate_up, down, _ in banks for each in (*gate_up, *down))
+        self.warmed.append((len(linears), [top_k for _, _, top_k in banks], dtype, device.type))
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """Puts it in the place of the real module, and lets every device have kernels."""
+    kernels = Kernels()
+    monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
+    monkeypatch.setattr(package, "run", kernels, raising=False)
+    monkeypatch.setattr(banks, "_why_not_device", lambda kind: None)
+    return kernels
