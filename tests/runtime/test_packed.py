@@ -244,6 +244,31 @@ def test_a_linear_runs_on_the_kernel(lead: tuple[int, ...], spec: WeightSpec, ke
     torch.testing.assert_close(found.float(), wanted, atol=0.1, rtol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("rank", "bits", "calls"),
+    [(16, 4, 3), (64, 3, 3), (16, 16, 1), (24, 4, 1)],
+    ids=["r16f4", "r64f3", "16 bits", "odd"],
+)
+def test_compensators_run_on_the_kernel_too(rank: int, bits: int, calls: int, kernels: Kernels) -> None:
+    """y = W x + u (v x) in three calls, where the factors can be records; as in the reference anyhow."""
+    spec = WeightSpec(bits=3, group_size=64, rank=rank, factor_bits=bits)
+    layer = fill(CompressedLinear(LinearEntry(spec, (72, 128)), torch.nn.Parameter(torch.randn(72))))
+    for name in ("u", "v"):  # or they would drown the base
+        layer.get_buffer(f"{name}_scale" if bits < 16 else name).mul_(0.1)
+    before = contents(layer)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = layer(x)
+        found = layer.bfloat16()(x.bfloat16())
+        assert kernels.calls == ["linear"] * calls
+        torch.testing.assert_close(found.float(), wanted, atol=0.02 * float(wanted.abs().max()), rtol=0.02)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x.bfloat16()), found)
+        assert torch.equal(copy.deepcopy(layer)(x.bfloat16()), found)
+    del before["bias"]
+    assert {name: each for name, each in contents(layer).items() if name != "bias"} == before
+
+
 def test_inputs_may_begin_anywhere(kernels: Kernels) -> None:
     layer, made, (x, ids, weights) = linear().bfloat16(), mixed(), routed()
     odd = torch.cat([torch.zeros(1), x.flatten()]).bfloat16()[1:].view_as(x)

@@ -45,6 +45,8 @@ class Packable(nn.Module):
 
     tables: tuple[str, ...]
     """Names of the buffers with the banks' tables, one for each side."""
+    extras: tuple[str, ...] = ()
+    """Further buffers that are made with the banks and go with them."""
     _settled: dict[Key, bool]
     _settled_on: torch.device | None
     _banks: tuple[Weights, ...]
@@ -151,9 +153,9 @@ class Packable(nn.Module):
     def _forget(self) -> None:
         """Drops what was settled: the tables hold addresses of records that are about to move."""
         self._settled, self._settled_on, self._banks, self._texts = {}, None, (), ()
-        for table in self.tables:
-            if table in self._buffers:
-                delattr(self, table)
+        for name in (*self.tables, *self.extras):
+            if name in self._buffers:
+                delattr(self, name)
 
     def _buckets(self) -> Iterator[tuple[StoredParts, StoredParts | None]]:
         for side in self._sides():
@@ -173,8 +175,9 @@ class Packable(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or what is pickled, has records elsewhere, and makes its own tables."""
-        buffers = {name: tensor for name, tensor in self._buffers.items() if name not in self.tables}
-        unsaved = self._non_persistent_buffers_set.difference(self.tables)
+        made = (*self.tables, *self.extras)
+        buffers = {name: tensor for name, tensor in self._buffers.items() if name not in made}
+        unsaved = self._non_persistent_buffers_set.difference(made)
         return self.__dict__ | {
             "_buffers": buffers, "_non_persistent_buffers_set": unsaved,
             "_settled": {}, "_settled_on": None, "_banks": (), "_texts": (),

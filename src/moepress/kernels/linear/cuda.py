@@ -30,24 +30,29 @@ def packed_linear(
     x: torch.Tensor,
     weights: Weights,
     spec: WeightSpec,
-    factors: Parts,
+    factors: Parts | tuple[Weights, Weights],
     out_features: int,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [..., K] in bf16 or fp16 -> [..., N]; arguments of `compressed_linear`, the weight in records.
 
-    `factors` are the stored parts of u and v where spec.rank is not 0.
+    `factors`, where spec.rank is not 0, are v and u in records, or their stored parts where they have none.
     """
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    bias = None if bias is None else bias.to(x.dtype)
-    if needs_operation():
-        y = linear_op(flat, weights.records, weights.table, weights.text, bias, out_features)
-    else:
-        y = _linear(flat, weights.bank, bias, out_features)
-    if spec.rank:  # plain torch, as in the reference; this is where kernels for the factors will go
+    y = _multiply(flat, weights, None if bias is None else bias.to(x.dtype), out_features)
+    if spec.rank and isinstance(factors, tuple):
+        v, u = factors
+        y += _multiply(_multiply(flat, v, None, spec.rank), u, None, out_features)
+    elif spec.rank:
         u, v = dequantize_factors(factors, spec, out_features, x.shape[-1])
-        y = y + linear(linear(flat, v.to(x.dtype)), u.to(x.dtype))
+        y += linear(linear(flat, v.to(x.dtype)), u.to(x.dtype))
     return y.view(*x.shape[:-1], out_features)
+
+
+def _multiply(x: torch.Tensor, weights: Weights, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
+    if needs_operation():
+        return linear_op(x, weights.records, weights.table, weights.text, bias, out_features)
+    return _linear(x, weights.bank, bias, out_features)
 
 
 def _linear(x: torch.Tensor, bank: RecordBank, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:

@@ -45,8 +45,8 @@ def why_not(device: torch.device, dtype: torch.dtype, bits: int) -> str | None:
         return f"Triton kernels know codes of {', '.join(map(str, BITS))} bits, not {bits}"
     if dtype not in DTYPES:
         return f"Triton kernels take bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
-    if not isinstance(_linear_kernel, triton.JITFunction):
-        return None  # TRITON_INTERPRET=1: NumPy does the work, on any device
+    if not isinstance(_linear_kernel, triton.JITFunction):  # TRITON_INTERPRET=1: NumPy does the work, on any device
+        return "Triton's interpreter does not know bfloat16" if dtype == torch.bfloat16 else None
     if device.type != "cuda":
         return f"Triton kernels need a GPU, and this layer is on {device.type}"
     return _why_not_gpu(device)
