@@ -265,6 +265,8 @@ def test_compensators_run_on_the_kernel_too(rank: int, bits: int, calls: int, ke
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x.bfloat16()), found)
         assert torch.equal(copy.deepcopy(layer)(x.bfloat16()), found)
+    moepress.warmup(torch.nn.Sequential(layer), torch.bfloat16)
+    assert kernels.warmed == [(calls, [], torch.bfloat16, "cpu")]  # a kernel for the weight, one each for v and u
     del before["bias"]
     assert {name: each for name, each in contents(layer).items() if name != "bias"} == before
 

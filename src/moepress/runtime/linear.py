@@ -15,6 +15,7 @@ from moepress.kernels.linear.cuda import packed_linear
 from moepress.kernels.linear.factors import factor_layouts, pack_factors, why_not_records
 from moepress.kernels.linear.reference import compressed_linear
 from moepress.kernels.problem import LINEAR, Problem
+from moepress.kernels.records import RecordLayout
 from moepress.runtime.packable import Key, Packable, Side
 from moepress.runtime.stored import BASE, StoredParts
 
@@ -43,6 +44,12 @@ class CompressedLinear(Packable, StoredParts):
     def dequantize(self) -> torch.Tensor:
         """The float32 weight [N, K]."""
         return dequantize(self.parts(), self.spec, self.out_features, self.in_features)
+
+    def kernel_layouts(self) -> tuple[RecordLayout, ...]:
+        """Of all records that a call reads: the weight's, and its factors' where they have some."""
+        shape = self.spec, self.out_features, self.in_features
+        ranked = self.spec.rank and not why_not_records(self.spec, self.in_features)
+        return self.layout(), *(factor_layouts(*shape) if ranked else ())
 
     def _factors(self) -> dict[str, torch.Tensor]:
         return {name: self.get_buffer(name) for name in self.part_names if name not in BASE}

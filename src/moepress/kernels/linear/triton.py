@@ -75,16 +75,17 @@ def triton_linear(
     All is added in float32 and rounded once. An input that Triton cannot take is an error of Triton: ask `why_not`.
     """
     flat = x.reshape(-1, in_features).contiguous()
-    tensors = [parts[name].contiguous() for name in spec.parts(out_features, in_features)]
-    run = linear_op if needs_operation() else _linear
-    return run(flat, tensors, spec.tag, out_features, bias).view(*x.shape[:-1], out_features)
+    if needs_operation():
+        y = linear_op(flat, flatten(parts, spec, out_features, in_features), spec.tag, out_features, bias)
+    else:
+        y = _linear(flat, parts, spec, out_features, bias)
+    return y.view(*x.shape[:-1], out_features)
 
 
 def _linear(
-    x: torch.Tensor, tensors: list[torch.Tensor], tag: str, out_features: int, bias: torch.Tensor | None
+    x: torch.Tensor, parts: Parts, spec: WeightSpec, out_features: int, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    spec, (rows, k) = spec_of(tag), x.shape
-    parts = named(tensors, spec, out_features, k)
+    rows, k = x.shape
     y = x.new_empty(rows, out_features)
     if not rows:
         return y
@@ -92,19 +93,18 @@ def _linear(
     with torch.cuda.device_of(x):  # Triton launches on the current GPU, whichever it is
         t = _project(x, parts, spec, block) if spec.rank else None
         _linear_kernel[(triton.cdiv(rows, block), triton.cdiv(out_features, columns))](
-            x, t, y, bias, parts["packed"], parts["scale"], parts["zero"], *factor(parts, spec, "u"),
-            rows, out_features, k, spec.rank, **constants(spec), ROWS=block, COLUMNS=columns,
+            x, y, bias, (*base(parts), *factor(parts, spec, "u"), t), rows, N=out_features, K=k,
+            **constants(spec), ROWS=block, COLUMNS=columns,
         )  # fmt: skip
     return y
 
 
 def _project(x: torch.Tensor, parts: Parts, spec: WeightSpec, block: int) -> torch.Tensor:
     """t = x v^T [M, R] in x's dtype."""
-    rows, k = x.shape
+    (rows, k), columns = x.shape, rank_columns(spec)
     t = x.new_empty(rows, spec.rank)
-    columns = rank_columns(spec)
     _project_kernel[(triton.cdiv(rows, block), triton.cdiv(spec.rank, columns))](
-        x, t, *factor(parts, spec, "v"), rows, k, spec.rank, FACTOR_BITS=spec.factor_bits,
+        x, t, *factor(parts, spec, "v"), rows, K=k, RANK=spec.rank, FACTOR_BITS=spec.factor_bits,
         ROWS=block, COLUMNS=columns, STEP=STEP,
     )  # fmt: skip
     return t
@@ -115,7 +115,8 @@ def linear_op(
     x: torch.Tensor, tensors: list[torch.Tensor], tag: str, out_features: int, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """x [M, K] -> [M, N]; `tensors` are the parts of the spec of that tag, in the order of `WeightSpec.parts`."""
-    return _linear(x, tensors, tag, out_features, bias)
+    spec = spec_of(tag)
+    return _linear(x, named(tensors, spec, out_features, x.shape[1]), spec, out_features, bias)
 
 
 @linear_op.register_fake
@@ -131,8 +132,13 @@ linear_op.register_autograd(no_gradient)
 spec_of = cache(WeightSpec.parse)
 
 
+def flatten(parts: Parts, spec: WeightSpec, out_features: int, in_features: int) -> list[torch.Tensor]:
+    """The parts of a spec in the order of `WeightSpec.parts`."""
+    return [parts[name] for name in spec.parts(out_features, in_features)]
+
+
 def named(tensors: list[torch.Tensor], spec: WeightSpec, out_features: int, in_features: int) -> Parts:
-    """The parts of a spec by name, from a list in the order of `WeightSpec.parts`."""
+    """The inverse of `flatten`."""
     return dict(zip(spec.parts(out_features, in_features), tensors, strict=True))
 
 
@@ -151,9 +157,14 @@ def rank_columns(spec: WeightSpec) -> int:
 def constants(spec: WeightSpec) -> dict[str, int]:
     """What of a spec is compiled into a kernel."""
     return {
-        "BITS": spec.bits, "GROUP": spec.group_size, "FACTOR_BITS": spec.factor_bits,
+        "BITS": spec.bits, "GROUP": spec.group_size, "RANK": spec.rank, "FACTOR_BITS": spec.factor_bits,
         "STEP": min(STEP, spec.group_size), "RANK_STEP": RANK_STEP,
     }  # fmt: skip
+
+
+def base(parts: Parts) -> tuple[torch.Tensor, ...]:
+    """packed, scale and zero."""
+    return tuple(parts[name].contiguous() for name in ("packed", "scale", "zero"))
 
 
 def factor(parts: Parts, spec: WeightSpec, name: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -161,8 +172,8 @@ def factor(parts: Parts, spec: WeightSpec, name: str) -> tuple[torch.Tensor | No
     if not spec.rank:
         return None, None
     if spec.factor_bits == 16:
-        return parts[name], None
-    return parts[f"{name}_packed"], parts[f"{name}_scale"]
+        return parts[name].contiguous(), None
+    return parts[f"{name}_packed"].contiguous(), parts[f"{name}_scale"].contiguous()
 
 
 # ---------------------------------------------------------------------------------------------- kernels
@@ -240,20 +251,32 @@ if triton is not None:
         return sums
 
     @triton.jit
+    def multiply(
+        x_ptr, place, inside, matrix, slot, row, N: tl.constexpr, K: tl.constexpr,
+        BITS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, FACTOR_BITS: tl.constexpr,
+        STEP: tl.constexpr, RANK_STEP: tl.constexpr,
+    ):  # fmt: skip
+        """`product` with the compensator. `matrix` is (packed, scale, zero, u, u_scale, t); t has x v^T by `place`."""
+        sums = product(x_ptr, inside, matrix[0], matrix[1], matrix[2], slot, row, N, K, BITS, GROUP, STEP)
+        if RANK > 0:
+            t_ptr = matrix[5] + place * RANK
+            sums = add_factor_product(
+                sums, t_ptr, inside, matrix[3], matrix[4], slot, row, N, RANK, FACTOR_BITS, RANK_STEP
+            )  # fmt: skip
+        return sums
+
+    @triton.jit
     def _linear_kernel(
-        x_ptr, t_ptr, y_ptr, bias_ptr, packed_ptr, scale_ptr, zero_ptr, u_ptr, u_scale_ptr, rows,
-        N: tl.constexpr, K: tl.constexpr, RANK: tl.constexpr,
-        BITS: tl.constexpr, GROUP: tl.constexpr, FACTOR_BITS: tl.constexpr,
+        x_ptr, y_ptr, bias_ptr, matrix, rows, N: tl.constexpr, K: tl.constexpr,
+        BITS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr, FACTOR_BITS: tl.constexpr,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, RANK_STEP: tl.constexpr,
     ):  # fmt: skip
         place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         row = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
         inside = place < rows
-        sums = product(x_ptr + place * K, inside, packed_ptr, scale_ptr, zero_ptr, 0, row, N, K, BITS, GROUP, STEP)
-        if RANK > 0:
-            sums = add_factor_product(
-                sums, t_ptr + place * RANK, inside, u_ptr, u_scale_ptr, 0, row, N, RANK, FACTOR_BITS, RANK_STEP
-            )
+        sums = multiply(
+            x_ptr + place * K, place, inside, matrix, 0, row, N, K, BITS, GROUP, RANK, FACTOR_BITS, STEP, RANK_STEP
+        )
         if bias_ptr is not None:
             sums += tl.load(bias_ptr + row, row < N, other=0.0).to(tl.float32)[None, :]
         tl.store(y_ptr + place[:, None] * N + row[None, :], sums, inside[:, None] & (row < N)[None, :])
