@@ -93,16 +93,19 @@ template <int B, bool BF16> __device__ __forceinline__ u32 extract(u32 word, int
     return select_or(at == p ? word : word >> (at - p), mask * 0x10001u, with * 0x10001u);
 }
 
-// 8-bit codes in bfloat16, less 128: two nibbles, each exact, and their exact sum.
-__device__ __forceinline__ u32 extract_byte_bf16(u32 word) {
+// 8-bit codes in bfloat16, less a multiple of 16 up to 128: two nibbles, each exact, and their exact sum. `high_base` is
+// -(2048 + that multiple), twice.
+__device__ __forceinline__ u32 extract_byte_bf16(u32 word, u32 high_base) {
     using H = Half<true>;
     u32 low = H::fma(select_or(word, 0x000f000fu, 0x43004300u), H::ONE, 0xc300c300u);        // 128 + q - 128
-    u32 high = H::fma(select_or(word >> 4, 0x000f000fu, 0x45004500u), H::ONE, 0xc508c508u);  // 2048 + 16 q - 2176
+    u32 high = H::fma(select_or(word >> 4, 0x000f000fu, 0x45004500u), H::ONE, high_base);        // 2048 + 16 q - ...
     return H::fma(low, H::ONE, high);
 }
 
-// One unit's words -> the 16 A registers of its four k-steps, as base(pair) + code; register 2 * pair + r.
-template <int B, bool BF16> __device__ __forceinline__ void unpack(const u32* word, u32 (&a)[16]) {
+// One unit's words -> the 16 A registers of its four k-steps, as base(pair) + code; register 2 * pair + r. `high_base` is
+// for 8-bit codes in bfloat16, and 128 off by default, as `base` has it.
+template <int B, bool BF16>
+__device__ __forceinline__ void unpack(const u32* word, u32 (&a)[16], u32 high_base = 0xc508c508u) {
 #pragma unroll
     for (int pair = 0; pair < 8; ++pair) {
 #pragma unroll
@@ -120,7 +123,7 @@ template <int B, bool BF16> __device__ __forceinline__ void unpack(const u32* wo
                     a[15] = x;
                 }
             } else if constexpr (B == 8 && BF16) {
-                a[2 * pair + r] = extract_byte_bf16(word[pair] >> (8 * r));
+                a[2 * pair + r] = extract_byte_bf16(word[pair] >> (8 * r), high_base);
             } else {
                 constexpr int half = 8 / B;
                 a[2 * pair + r] = extract<B, BF16>(word[pair / half], B * (pair % half + half * r), pair);

@@ -13,7 +13,7 @@ enum Mode { DENSE, GATE_UP, DOWN };
 struct Expert {  // one weight matrix in records
     const u8* records;
     int word_bits;
-    int reserved;
+    int centre;  // the middle of its codes; 5- and 6-bit codes have words of 8 bits, so these do not tell
 };
 
 struct Arguments {
@@ -33,7 +33,7 @@ struct Arguments {
     int stages;
 
     __device__ Expert expert(int id) const {
-        return experts ? experts[id] : Expert{only.records + id * stride, only.word_bits, 0};
+        return experts ? experts[id] : Expert{only.records + id * stride, only.word_bits, only.centre};
     }
 };
 

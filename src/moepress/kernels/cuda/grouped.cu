@@ -14,7 +14,7 @@ enum Mode { DENSE, GATE_UP, DOWN };
 struct Expert {  // one weight matrix in records
     const u8* records;
     int word_bits;
-    int reserved;
+    int centre;  // the middle of its codes; 5- and 6-bit codes have words of 8 bits, so these do not tell
 };
 
 struct Arguments {
@@ -34,7 +34,7 @@ struct Arguments {
     int stages;
 
     __device__ Expert expert(int id) const {
-        return experts ? experts[id] : Expert{only.records + id * stride, only.word_bits, 0};
+        return experts ? experts[id] : Expert{only.records + id * stride, only.word_bits, only.centre};
     }
 };
 
@@ -75,17 +75,17 @@ template <int NT, int TILE_BLOCKS, int MODE> struct Schedule {
 
 // Unit `u` of a record -> scaled weights in the A registers. Chunks of words are read when first needed.
 template <int B, int U, int G, bool BF16>
-__device__ __forceinline__ void dequantize(u32 (&a)[16], u32 (&words)[U * B], u32 record, int u, int lane) {
+__device__ __forceinline__ void dequantize(u32 (&a)[16], u32 (&words)[U * B], u32 record, int u, int lane, int byte_centre) {
     using H = Half<BF16>;
     constexpr int M = Record<U, G>::GROUPS, SEGMENTS = G == 32 ? 2 : 1;
     // Taken off the codes before they are scaled: rounding the offset to 16 bits costs in proportion to its size, and
     // zeros lie near the middle. Without it errors were 1.8 times those of rounding each weight, with it 1.2 times.
-    constexpr float CENTRE = B == 1 ? 0.f : float(1 << (B - 1));
+    const int centre = B == 8 ? byte_centre : B == 1 ? 0 : 1 << (B - 1);
 #pragma unroll
     for (int c = 0; c < B; ++c)
         if (c * U >= u * B && c * U < (u + 1) * B)
             load_shared<U>(reinterpret_cast<u32(&)[U]>(words[c * U]), record + c * 128 * U + lane * 4 * U);
-    unpack<B, BF16>(words + u * B, a);
+    unpack<B, BF16>(words + u * B, a, (0xc500u + centre / 16) * 0x10001u);
 #pragma unroll
     for (int s = 0; s < SEGMENTS; ++s) {
         const int m = M == 1 ? 0 : (u * SEGMENTS + s) * M / (U * SEGMENTS);
@@ -93,14 +93,14 @@ __device__ __forceinline__ void dequantize(u32 (&a)[16], u32 (&words)[U * B], u3
         for (int r = 0; r < 2; ++r) {
             u32 meta[1];
             load_shared<1>(meta, record + 128 * U * B + 4 * (M * (lane / 4 + 8 * r) + m));
-            const float scale = Half<false>::lo(meta[0]), offset = (CENTRE - Half<false>::hi(meta[0])) * scale;
+            const float scale = Half<false>::lo(meta[0]), offset = (float(centre) - Half<false>::hi(meta[0])) * scale;
             const u32 scale2 = H::pack(scale, scale), offset2 = H::pack(offset, offset);
 #pragma unroll
             for (int pair = 8 * s / SEGMENTS; pair < 8 * (s + 1) / SEGMENTS; ++pair) {
                 u32& x = a[2 * pair + r];
                 if (B < 8 || !BF16) {  // the sum of base and centre is exact
                     const int p = place<B, BF16>(pair);
-                    const u32 minus = (0x8000u | (H::exponent(p) + (u32(CENTRE) << p))) * 0x10001u;
+                    const u32 minus = (0x8000u | (H::exponent(p) + (u32(centre) << p))) * 0x10001u;
                     x = H::fma(x, H::ONE, minus);
                 }
                 x = H::fma(x, scale2, offset2);
@@ -133,7 +133,7 @@ template <int B, int U, int G, bool BF16, int NT, int MI, int WGS, int KW> struc
 // The columns of one tile for one consumer warpgroup.
 template <int B, int U, int G, bool BF16, int NT, int MI, int WGS, int KW>
 __device__ __forceinline__ void accumulate(float (&acc)[MI][NT / 2], u32 stages_at, u32 stage_bytes, u32 bars, int stages,
-                                           int& stage, u32& phase, int records, int wg, int kw, int lane, int warp) {
+                                           int& stage, u32& phase, int records, int wg, int kw, int lane, int warp, int centre) {
     using C = Config<B, U, G, BF16, NT, MI, WGS, KW>;
     constexpr int BUFFERS = C::DOUBLE ? 2 : 1;
     u32 a[BUFFERS][16];
@@ -150,7 +150,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][NT / 2], u32 stages_
                 for (int mi = 0; mi < MI; ++mi) {
                     const int buffer = C::DOUBLE ? (u * MI + mi) % 2 : 0;
                     if (!C::DOUBLE) wgmma_wait<0>();
-                    dequantize<B, U, G, BF16>(a[buffer], words[mi], w + (((wg * MI + mi) * KW + kw) * 4 + warp) * size, u, lane);
+                    dequantize<B, U, G, BF16>(a[buffer], words[mi], w + (((wg * MI + mi) * KW + kw) * 4 + warp) * size, u, lane, centre);
                     wgmma_fence();
                     const u64 tile = swizzled_tile(x + u * NT * 128);
 #pragma unroll
@@ -178,7 +178,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][NT / 2], u32 stages_
 // The same for few tokens: products of the plain codes, a group at a time, then scale and zero on the sums.
 template <int B, int U, int G, bool BF16, int NT, int MI, int WGS, int KW, int FLOATS, int SUMS_AT>
 __device__ __forceinline__ void accumulate_codes(float (&acc)[MI][NT / 2], u32 stages_at, u32 stage_bytes, u32 bars, int stages,
-                                                 int& stage, u32& phase, int records, int wg, int kw, int lane, int warp) {
+                                                 int& stage, u32& phase, int records, int wg, int kw, int lane, int warp, int centre) {
     using C = Config<B, U, G, BF16, NT, MI, WGS, KW>;
     constexpr int M = Record<U, G>::GROUPS, SEGMENTS = Record<U, G>::SEGMENTS, STEPS = U * SEGMENTS, J = 4 / SEGMENTS;
     constexpr u32 SIZE = Record<U, G>::bytes(B);
@@ -400,8 +400,9 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
             for (int mi = 0; mi < MI; ++mi)
 #pragma unroll
                 for (int i = 0; i < NT / 2; ++i) acc[mi][i] = 0.f;
-            const int bits = B ? B : p.expert(work.expert).word_bits;
-#define WHERE acc, ring, STAGE, bars, p.stages, stage, phase, p.records, wg, kw, lane, warp
+            const Expert expert = p.expert(work.expert);
+            const int bits = B ? B : expert.word_bits;
+#define WHERE acc, ring, STAGE, bars, p.stages, stage, phase, p.records, wg, kw, lane, warp, expert.centre
 #define RUN(W)                                                                                               \
     if constexpr (C::SCALE_AFTER)                                                                            \
         accumulate_codes<W, U, G, BF16, NT, MI, WGS, KW, FLOATS, C::sums_at(MAX_B)>(WHERE);                  \
