@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tile runs what: whatever the layer, something fits, and boxes are within the limits of the copy engine."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moepress.format.spec import BITS, GROUP_SIZES
+from moepress.kernels.cuda import choose
+from moepress.kernels.records import RecordLayout
+
+AVAILABLE = 227 * 1024
+"""Shared bytes of a block on Hopper."""
+STATIC = 40 * 1024
+"""More than any kernel declares for itself; the largest is 35,840."""
+
+
+@st.composite
+def banks(draw: st.DrawFn) -> choose.Bank:
+    rows, columns = draw(st.integers(1, 40_000)), 8 * draw(st.integers(1, 4_000))
+    group_size = draw(st.sampled_from(GROUP_SIZES))
+    widths = draw(st.lists(st.sampled_from(BITS), min_size=1, max_size=4, unique=True))
+    return choose.Bank(tuple(RecordLayout(rows, columns, bits, group_size) for bits in widths))
+
+
+tokens = st.one_of(st.integers(2, 200), st.integers(200, 100_000))
+processors = st.sampled_from([78, 114, 132, 144])
+
+
+def some_tile_fits(bank: choose.Bank, tiles: tuple[choose.Tile, ...]) -> None:
+    assert any(tile.stages(bank, AVAILABLE // tile.blocks - STATIC) >= 2 for tile in tiles)
+    for tile in tiles:
+        assert tile.stage_bytes(bank) % 1024 == 0
+        assert tile.threads <= 1024 and tile.threads * tile.blocks <= 2048
+        assert tile.tokens <= 256 and tile.column_groups * bank.any.units <= 256, "sides of a box"
+        assert 4 * bank.record_sums % 16 == 0 and bank.record_sums <= 256, "rows of sums are copied 16 bytes at a time"
+
+
+@given(bank=banks(), each=st.floats(0.01, 100_000))
+def test_a_tile_fits_any_experts(bank: choose.Bank, each: float) -> None:
+    some_tile_fits(bank, tuple(choose.expert_tiles(bank, each)))
+
+
+@given(bank=banks(), count=tokens, cores=processors)
+def test_a_tile_fits_any_matrix(bank: choose.Bank, count: int, cores: int) -> None:
+    some_tile_fits(bank, tuple(choose.dense_tiles(bank, count, cores)))
+
+
+@given(bank=banks(), rows=st.integers(1, 32), blocks=st.integers(1, 100_000), cores=processors)
+def test_one_token(bank: choose.Bank, rows: int, blocks: int, cores: int) -> None:
+    assert choose.WARPS % choose.gemv_warps(blocks, cores) == 0
+    stages = choose.gemv_stages(bank, rows, 1, AVAILABLE)
+    assert stages in (0, 2, 3, 4)
+    if stages:
+        assert choose.gemv_shared(bank, stages, rows, 1) + choose.RESERVED <= AVAILABLE
+    if stages < 4:
+        more = max(stages + 1, 2)
+        assert choose.gemv_shared(bank, more, rows, 1) + choose.RESERVED > AVAILABLE, "one more would have fitted"
+
+
+def test_known_layers() -> None:
+    """What was measured: a change of the rules has to measure again."""
+    gate_up, down = (choose.Bank((RecordLayout(*shape, 3, 64),)) for shape in ((28672, 4096), (4096, 14336)))
+    assert choose.expert_tiles(gate_up, 2.0)[0] == choose.expert_tiles(down, 2.0)[0] == choose.Tile(8, 1, 2, 2)
+    assert choose.expert_tiles(gate_up, 16.0)[0] == choose.Tile(32, 1, 2, 2)
+    assert choose.expert_tiles(gate_up, 64.0)[0] == choose.Tile(96, 2, 2, 1)
+    assert choose.expert_tiles(gate_up, 256.0)[0] == choose.Tile(128, 2, 2, 1)
+    small = choose.Bank((RecordLayout(2048, 768, 3, 64),))
+    assert choose.expert_tiles(small, 0.5)[0] == choose.Tile(8, 1, 2, 1, blocks=2)
+    assert gate_up.template == "3, 3, 4, 64" and choose.gemv_stages(gate_up, 1, 1, AVAILABLE) == 3
+    # both operands of Mixtral's down for one token: 57 KB of intermediate beside two records a warp
+    assert choose.gemv_stages(down, 2, 1, AVAILABLE) == 2 and choose.gemv_warps(down.row_blocks, 132) == 8
+    mixed = choose.Bank(tuple(RecordLayout(2048, 768, bits, 64) for bits in (1, 2, 3)))
+    assert mixed.template == "0, 4, 4, 64" and mixed.record_bytes == 4 * (128 * 4 + 64)
