@@ -82,6 +82,7 @@ def _no_gradients():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(linear.triton is None, reason="Triton is not installed")
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_this_file_in_the_interpreter() -> None:

@@ -25,6 +25,7 @@ from moepress.kernels import registry
 from moepress.kernels.banks import Weights, describe
 from moepress.kernels.experts.cuda import packed_experts
 from moepress.kernels.linear.cuda import packed_linear
+from moepress.kernels.linear.factors import factor_layouts, pack_factors, why_not_records
 from moepress.kernels.records import TILE_ROWS, RecordLayout, deinterleave, dequantize_records, interleaved_rows
 
 FACTOR_BITS = 3
@@ -64,7 +65,7 @@ class Moepress(Contender):
             if problem.moe:
                 calls.append(partial(_experts, draw, *banks, problem.shape[3]))
             else:
-                factors = random_factors(problem, seed, copy, device)
+                factors = factor_banks(problem, random_factors(problem, seed, copy, device))
                 calls.append(partial(packed_linear, draw.x, *banks, spec_of(problem), factors, problem.shape[0]))
         return calls
 
@@ -151,6 +152,22 @@ def random_factors(problem: Problem, seed: int, copy: int, device: torch.device)
             size = (STD / problem.rank**0.5) ** 0.5 / 2.3  # 2.3 is the standard deviation of a 3-bit code
             parts[name] = part if dtype == "U8" else torch.full(shape, size, dtype=torch.float16, device=device)
     return parts
+
+
+def factor_banks(problem: Problem, parts: Parts) -> Parts | tuple[Weights, Weights]:
+    """The factors of v and u as a packed layer has them: in records, or as stored where they have none."""
+    from moepress.kernels.cuda import run
+
+    spec, (rows, columns, *_) = spec_of(problem), problem.shape
+    if not spec.rank or why_not_records(spec, columns):
+        return parts
+    made = []
+    for records, layout in zip(
+        pack_factors(parts, spec, rows, columns), factor_layouts(spec, rows, columns), strict=True
+    ):
+        bank = run.RecordBank.build((records[None],), (layout,), ((0, 0),))
+        made.append(Weights(list(bank.records), bank.table, describe((layout,), ((0, 0),)), bank))
+    return made[0], made[1]
 
 
 def _experts(draw: Draw, gate_up: Weights, down: Weights, intermediate: int) -> torch.Tensor:

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels' times beside 16 bits and the peers that are installed: rows in results.csv.
+
+    python benchmarks/kernels.py [--only dense,layers,widths,mixed] [--seconds 0.3] [--note TEXT]
+
+What is timed and how is `moepress bench`'s: CUDA graphs, cold L2, uniform routing, medians; the ratios are taken within
+one run. `mixed` has no peer: one layer whose experts have 1, 2, 3 and 4 bits in turn, against the mean of the four
+uniform layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from functools import partial
+from statistics import median
+
+import torch
+from common import Figure, finish
+
+from moepress.bench.clock import CudaClock, copies_needed
+from moepress.bench.contenders import BASELINE, PEER
+from moepress.bench.ours import layouts_of, random_records
+from moepress.bench.peers import lineup
+from moepress.bench.problems import LAYERS, Problem
+from moepress.bench.report import bound, fastest
+from moepress.bench.run import Row, Setting, run_problem, warm_up
+
+SHAPES = ((8192, 8192), (14336, 4096), (4096, 14336), (4096, 4096))
+TOKENS = (1, 8, 16, 64, 256, 1024, 4096)
+NAMES = ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-moe-16b")
+
+
+def problems(part: str) -> Iterator[Problem]:
+    if part == "dense":
+        yield from (Problem("dense", shape, tokens) for shape in SHAPES for tokens in (1, 8, 64, 1024))
+        yield from (Problem("dense", (4096, 4096), tokens, rank=rank) for rank in (0, 32) for tokens in (1, 64))
+    elif part == "layers":
+        yield from (Problem("moe", LAYERS[name], tokens, name=name) for name in NAMES for tokens in TOKENS)
+    elif part == "widths":
+        yield from (Problem("moe", LAYERS[NAMES[0]], 1, bits=bits, name=NAMES[0]) for bits in (1, 2, 4, 8))
+
+
+def figures(rows: list[Row], setting: Setting) -> Iterator[Figure]:
+    """One for each contender that ran; ours says what the others took in the same run."""
+    peer, plain = fastest(rows, PEER), fastest(rows, BASELINE)
+    for row in rows:
+        rank = f" r{row.problem.rank}" if row.problem.rank else ""
+        shape = row.problem.name or "x".join(map(str, row.problem.shape))
+        name = f"{shape} b{row.problem.bits}{rank} T={row.problem.tokens}"
+        if row.us is None:
+            print(f"{name}: {row.contender}: {row.reason}", flush=True)
+            continue
+        best, limit = bound(row, setting.machine)
+        baseline = f"best peer {peer:.1f}, 16 bits {plain:.1f}" if peer and plain else f"16 bits {plain}"
+        note = (
+            f"{100e6 * best / row.us:.0f} % of {limit}; relative error {row.error}; same bits twice: {row.repeatable}"
+        )
+        yield Figure(f"{name} {row.contender}", row.us, "us", baseline, f"{note}; {row.note}")
+
+
+def mixed(clock: CudaClock, setting: Setting) -> Iterator[Figure]:
+    """A Mixtral layer of four widths beside the mean of its uniform layers, which is its bytes' share of their time."""
+    from moepress.kernels.cuda import run
+
+    plain = [Problem("moe", LAYERS[NAMES[0]], 1, bits=bits) for bits in (1, 2, 3, 4)]
+    experts = plain[0].experts
+    for tokens in (1, 8, 64):
+        draw = Problem("moe", LAYERS[NAMES[0]], tokens).draw(setting.seed, setting.device)
+        times = []
+        for kinds in (*([each] for each in plain), plain):
+            where = tuple((e % len(kinds), e) for e in range(experts))
+            calls = []
+            for copy in range(copies_needed(1 << 27, 1 << 30, setting.machine.l2_bytes, clock.free_bytes())):
+                banks = [
+                    run.RecordBank.build(
+                        [random_records(kind, matrix, setting.seed, copy, setting.device) for kind in kinds],
+                        [layouts_of(kind)[matrix] for kind in kinds],
+                        where,
+                    )
+                    for matrix in range(2)
+                ]
+                calls.append(partial(run.experts, draw.x, draw.ids, draw.weights, *banks, plain[0].shape[3]))
+            times.append(median(clock.replay(clock.record(calls), setting.seconds)))
+            del calls
+            clock.release()
+        mean = sum(times[:4]) / 4
+        yield Figure(
+            f"mixtral mixed 1,2,3,4 bits T={tokens}", times[4] / mean, "ratio",
+            "at most 1.05 of the mean of the uniform layers", f"us, uniform and mixed: {[round(t, 1) for t in times]}",
+        )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="dense,layers,widths,mixed")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of timing for each contender on each problem")
+    parser.add_argument("--note", default="")
+    given = parser.parse_args()
+    clock = CudaClock(torch.device("cuda", torch.cuda.current_device()))
+    setting = Setting(clock.device, clock.machine(), seconds=given.seconds)
+    print(setting.machine, flush=True)
+    for part in given.only.split(","):
+        if part == "mixed":
+            found = list(mixed(clock, setting))
+        else:
+            found = []
+            for problem in problems(part):
+                contenders = lineup(problem.kind, problem.dtype, peers=True)
+                for line in warm_up(contenders, [problem], setting):
+                    print(line, flush=True)
+                found += figures(run_problem(problem, contenders, clock, setting, lambda _: None), setting)
+                clock.release()
+        for each in found:
+            print(f"{each.metric:60} {each.value:10.2f} {each.unit}  {each.baseline}; {each.note}", flush=True)
+        named = [
+            Figure(f.metric, f.value, f.unit, f.baseline, "; ".join(filter(None, (f.note, given.note)))) for f in found
+        ]
+        finish(f"kernels {part}", named, device="cuda")
+
+
+if __name__ == "__main__":
+    main()
