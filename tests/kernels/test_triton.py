@@ -214,7 +214,7 @@ ROUTINGS: dict[str, Routing] = {
     "all to one": lambda g, e: torch.full((18, 1), 4),
     "one expert twice": lambda g, e: torch.tensor([[3, 3], [2, 3], [3, 2], [5, 5], [0, 0]]),
     "some to nobody": lambda g, e: torch.tensor([[-1, 2], [e, 0], [5, -1], [10**6, -7], [3, 4]]),
-    "one, some to nobody": lambda g, e: torch.tensor([[-1, e, 2]]),
+    "one, some to nobody": lambda g, e: torch.tensor([[-(10**9), 10**9, 2]]),
     "all to nobody": lambda g, e: torch.tensor([[-1, e]] * 6),
     "no token": lambda g, e: torch.empty(0, 2, dtype=torch.long),
 }

@@ -93,8 +93,11 @@ __device__ __forceinline__ void dequantize(u32 (&a)[16], u32 (&words)[U * B], u3
         for (int r = 0; r < 2; ++r) {
             u32 meta[1];
             load_shared<1>(meta, record + 128 * U * B + 4 * (M * (lane / 4 + 8 * r) + m));
-            const float scale = Half<false>::lo(meta[0]), offset = (float(centre) - Half<false>::hi(meta[0])) * scale;
-            const u32 scale2 = H::pack(scale, scale), offset2 = H::pack(offset, offset);
+            const float scale = Half<false>::lo(meta[0]), zero = Half<false>::hi(meta[0]);
+            const u32 offset2 = H::pack((float(centre) - zero) * scale, (float(centre) - zero) * scale);
+            // A bit has two values only; a scale that makes up for the offset's rounding takes one error off the second.
+            const float step = B == 1 ? fmaf(1.f - zero, scale, -H::lo(offset2)) : scale;
+            const u32 scale2 = H::pack(step, step);
 #pragma unroll
             for (int pair = 8 * s / SEGMENTS; pair < 8 * (s + 1) / SEGMENTS; ++pair) {
                 u32& x = a[2 * pair + r];
