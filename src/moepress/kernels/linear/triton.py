@@ -158,7 +158,7 @@ def constants(spec: WeightSpec) -> dict[str, int]:
     """What of a spec is compiled into a kernel."""
     return {
         "BITS": spec.bits, "GROUP": spec.group_size, "RANK": spec.rank, "FACTOR_BITS": spec.factor_bits,
-        "STEP": min(STEP, spec.group_size), "RANK_STEP": RANK_STEP,
+        "STEP": STEP, "RANK_STEP": RANK_STEP,
     }  # fmt: skip
 
 
@@ -196,6 +196,20 @@ if triton is not None:
         return (word >> shift) & ((1 << BITS) - 1)
 
     @triton.jit
+    def octets(packed_ptr, octet, whole, ROW_BYTES: tl.constexpr, BITS: tl.constexpr):
+        """Codes int32 [octets, 8, rows]: eight codes are one little-endian integer of BITS bytes.
+
+        packed_ptr: pointers to rows of W, used where `whole`; octet: which eight columns. Nothing beyond a row is read.
+        """
+        word = tl.zeros([octet.shape[0], packed_ptr.shape[0]], tl.int32 if BITS <= 4 else tl.int64)
+        for i in tl.static_range(BITS):
+            byte = octet * BITS + i
+            there = (byte < ROW_BYTES)[:, None] & whole[None, :]
+            word |= tl.load(packed_ptr[None, :] + byte[:, None], there, other=0).to(word.dtype) << (8 * i)
+        # the mask also removes the sign bits that the shift brings in
+        return ((word[:, None, :] >> (tl.arange(0, 8) * BITS)[None, :, None]) & ((1 << BITS) - 1)).to(tl.int32)
+
+    @triton.jit
     def product(
         x_ptr, inside, packed_ptr, scale_ptr, zero_ptr, slot, row, N: tl.constexpr, K: tl.constexpr,
         BITS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
@@ -206,20 +220,26 @@ if triton is not None:
         `slot` are int64.
         """
         whole = row < N
+        GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+        ROW_BYTES: tl.constexpr = (K * BITS + 7) // 8
+        PIECE: tl.constexpr = min(STEP, GROUP)  # of one group
         matrix_row = slot * N + row
-        packed_ptr += matrix_row * ((K * BITS + 7) // 8)
-        scale_ptr += matrix_row * ((K + GROUP - 1) // GROUP)
-        zero_ptr += matrix_row * ((K + GROUP - 1) // GROUP)
+        packed_ptr += matrix_row * ROW_BYTES
+        scale_ptr += matrix_row * GROUPS
+        zero_ptr += matrix_row * GROUPS
         sums = tl.zeros([x_ptr.shape[0], row.shape[0]], tl.float32)
         for start in range(0, K, STEP):
             column = start + tl.arange(0, STEP)
-            real = whole[:, None] & (column < K)[None, :]
-            code = codes(packed_ptr[:, None], column[None, :], real, BITS).to(tl.float32)
-            zero = tl.load(zero_ptr + start // GROUP, whole, other=0.0).to(tl.float32)
-            scale = tl.load(scale_ptr + start // GROUP, whole, other=0.0).to(tl.float32)
-            weight = tl.where(real, (code - zero[:, None]) * scale[:, None], 0.0)
+            code = octets(packed_ptr, start // 8 + tl.arange(0, STEP // 8), whole, ROW_BYTES, BITS)
+            group = start // GROUP + tl.arange(0, STEP // PIECE)
+            there = (group < GROUPS)[:, None] & whole[None, :]
+            zero = tl.load(zero_ptr[None, :] + group[:, None], there, other=0.0).to(tl.float32)
+            scale = tl.load(scale_ptr[None, :] + group[:, None], there, other=0.0).to(tl.float32)
+            pieces = code.to(tl.float32).reshape([STEP // PIECE, PIECE // 8, 8, row.shape[0]])
+            weight = (pieces - zero[:, None, None, :]) * scale[:, None, None, :]
+            weight = tl.where((column < K)[:, None] & whole[None, :], weight.reshape([STEP, row.shape[0]]), 0.0)
             x = tl.load(x_ptr[:, None] + column[None, :], inside[:, None] & (column < K)[None, :], other=0.0)
-            sums = tl.dot(x, tl.trans(weight.to(x.dtype)), sums, input_precision="ieee")
+            sums = tl.dot(x, weight.to(x.dtype), sums, input_precision="ieee")
         return sums
 
     @triton.jit
@@ -238,8 +258,8 @@ if triton is not None:
             values_ptr += slot * (N * K)
         for start in range(0, K, STEP):
             column = start + tl.arange(0, STEP)
-            real = (row < N)[:, None] & (column < K)[None, :]
-            index = row[:, None] * K + column[None, :]
+            real = (column < K)[:, None] & (row < N)[None, :]
+            index = row[None, :] * K + column[:, None]
             if BITS < 16:
                 code = codes(values_ptr, index, real, BITS) - (1 << (BITS - 1))
                 scale = tl.load(scale_ptr + index // _FACTOR_GROUP, real, other=0.0).to(tl.float32)
@@ -247,7 +267,7 @@ if triton is not None:
             else:
                 value = tl.load(values_ptr + index, real, other=0.0).to(tl.float32)
             x = tl.load(x_ptr[:, None] + column[None, :], inside[:, None] & (column < K)[None, :], other=0.0)
-            sums = tl.dot(x, tl.trans(value.to(x.dtype)), sums, input_precision="ieee")
+            sums = tl.dot(x, value.to(x.dtype), sums, input_precision="ieee")
         return sums
 
     @triton.jit
