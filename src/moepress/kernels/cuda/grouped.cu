@@ -314,6 +314,74 @@ __device__ __forceinline__ void store_rows(const Arguments& p, const Work& work,
     }
 }
 
+// Token tiles before each expert, by one warp.
+template <int NT> __device__ __forceinline__ void count_tiles(const Arguments& p, int* tiles, int lane) {
+    int before = 0;
+    for (int e = lane; e - lane < p.num_experts; e += WARP) {
+        int own = e < p.num_experts ? (p.first[e + 1] - p.first[e] + NT - 1) / NT : 0, sum = own;
+#pragma unroll
+        for (int step = 1; step < WARP; step *= 2) {
+            const int left = __shfl_up_sync(~0u, sum, step);
+            if (lane >= step) sum += left;
+        }
+        if (e < p.num_experts) tiles[e + 1] = before + sum;
+        before += __shfl_sync(~0u, sum, WARP - 1);
+    }
+    if (lane == 0) tiles[0] = 0;
+}
+
+// Keeps the ring full with the stages of this block's tiles. One warp, of which lane 0 asks for copies.
+template <typename C, int B, int MAX_B, int U, int G, int NT, int MI, int WGS, int KW, int FLOATS, typename S>
+__device__ __forceinline__ void produce(const Arguments& p, const S& schedule, const TensorMap& x_map, const TensorMap& sums_map,
+                                        u32 ring, u32 bars, int lane) {
+    constexpr u32 STAGE = C::stage_bytes(MAX_B, FLOATS);
+    const u64 policy = evict_first();
+    int stage = 0;
+    u32 phase = 1;
+    for (int index = blockIdx.x; index < schedule.total; index += gridDim.x) {
+        const Work work = schedule.at(index);
+        const Expert e = p.expert(work.expert);
+        const u32 size = Record<U, G>::bytes(B ? B : e.word_bits);
+        const int groups = min(MI * WGS, (p.row_blocks - work.row_block + 3) / 4);
+        const u8* from = e.records + (u64)work.row_block * p.records * size;
+        for (int record = 0; record < p.records; record += KW) {
+            const u32 full = bars + 16 * stage, to = ring + stage * STAGE, bytes = min(KW, p.records - record) * 4 * size;
+            mbarrier_wait(full + 8, phase);
+            if (lane == 0) {
+                mbarrier_expect(full, groups * bytes + C::X_BYTES + (C::SCALE_AFTER ? KW * NT * C::sum_bytes(FLOATS) : 0));
+                tensor_copy(to, &x_map, 0, work.token, record * U, full);
+                for (int i = 0; i < groups; ++i)
+                    bulk_copy(to + C::X_BYTES + i * KW * 4 * size, from + (u64)(i * p.records + record) * 4 * size, bytes, full,
+                              policy);
+                if constexpr (C::SCALE_AFTER) tensor_copy(to + C::sums_at(MAX_B), &sums_map, 0, work.token, record, full);
+            }
+            if (++stage == p.stages) stage = 0, phase ^= 1;
+        }
+    }
+}
+
+// Adds up what the KW warpgroups of the same rows have, in their order; the first of them gets it.
+template <int NT, int MI, int WGS, int KW, int THREADS>
+__device__ __forceinline__ void add_columns(float (&acc)[MI][NT / 2], float* sums, int wg, int kw, int thread) {
+    constexpr int PART = WGS * MI * 64 * NT;
+    if (kw > 0)
+#pragma unroll
+        for (int mi = 0; mi < MI; ++mi)
+#pragma unroll
+            for (int i = 0; i < NT / 2; ++i)
+                sums[(kw - 1) * PART + ((wg * MI + mi) * (NT / 2) + i) * 128 + thread % 128] = acc[mi][i];
+    named_barrier(1, THREADS);
+    if (kw == 0)
+#pragma unroll
+        for (int mi = 0; mi < MI; ++mi)
+#pragma unroll
+            for (int i = 0; i < NT / 2; ++i)
+#pragma unroll
+                for (int other = 0; other < KW - 1; ++other)
+                    acc[mi][i] += sums[other * PART + ((wg * MI + mi) * (NT / 2) + i) * 128 + thread % 128];
+    named_barrier(1, THREADS);
+}
+
 template <int B, int MAX_B, int U, int G, bool BF16, int NT, int MODE, int MI, int WGS, int KW, int BLOCKS>
 __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREADS, BLOCKS)
     grouped(const Arguments p, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap sums_map) {
@@ -338,50 +406,14 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
     Schedule<NT, C::ROW_BLOCKS, MODE> schedule;
     schedule.row_tiles = (p.row_blocks + C::ROW_BLOCKS - 1) / C::ROW_BLOCKS;
     schedule.first = p.first, schedule.tiles = tiles, schedule.num_experts = p.num_experts, schedule.all_tokens = p.tokens;
-    if constexpr (MODE != DENSE) {
-        if (thread < WARP) {  // prefix sum of the experts' token tiles
-            int before = 0;
-            for (int e = lane; e - lane < p.num_experts; e += WARP) {
-                int own = e < p.num_experts ? (p.first[e + 1] - p.first[e] + NT - 1) / NT : 0, sum = own;
-#pragma unroll
-                for (int step = 1; step < WARP; step *= 2) {
-                    const int left = __shfl_up_sync(~0u, sum, step);
-                    if (lane >= step) sum += left;
-                }
-                if (e < p.num_experts) tiles[e + 1] = before + sum;
-                before += __shfl_sync(~0u, sum, WARP - 1);
-            }
-            if (lane == 0) tiles[0] = 0;
-        }
-    }
+    if (MODE != DENSE && thread < WARP) count_tiles<NT>(p, tiles, lane);
     __syncthreads();
     schedule.total = schedule.row_tiles * (MODE == DENSE ? (p.tokens + NT - 1) / NT : tiles[p.num_experts]);
 
     if (thread >= C::CONSUMERS) {  // producer
         if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (thread >= C::CONSUMERS + WARP) return;
-        const u64 policy = evict_first();
-        int stage = 0;
-        u32 phase = 1;
-        for (int index = blockIdx.x; index < schedule.total; index += gridDim.x) {
-            const Work work = schedule.at(index);
-            const Expert e = p.expert(work.expert);
-            const u32 size = Record<U, G>::bytes(B ? B : e.word_bits);
-            const int groups = min(MI * WGS, (p.row_blocks - work.row_block + 3) / 4);
-            const u8* from = e.records + (u64)work.row_block * p.records * size;
-            for (int record = 0; record < p.records; record += KW) {
-                const u32 full = bars + 16 * stage, to = ring + stage * STAGE, bytes = min(KW, p.records - record) * 4 * size;
-                mbarrier_wait(full + 8, phase);
-                if (lane == 0) {
-                    mbarrier_expect(full, groups * bytes + C::X_BYTES + (C::SCALE_AFTER ? KW * NT * C::sum_bytes(FLOATS) : 0));
-                    tensor_copy(to, &x_map, 0, work.token, record * U, full);
-                    for (int i = 0; i < groups; ++i)
-                        bulk_copy(to + C::X_BYTES + i * KW * 4 * size, from + (u64)(i * p.records + record) * 4 * size, bytes, full, policy);
-                    if constexpr (C::SCALE_AFTER) tensor_copy(to + C::sums_at(MAX_B), &sums_map, 0, work.token, record, full);
-                }
-                if (++stage == p.stages) stage = 0, phase ^= 1;
-            }
-        }
+        produce<C, B, MAX_B, U, G, NT, MI, WGS, KW, FLOATS>(p, schedule, x_map, sums_map, ring, bars, lane);
     } else {  // consumers
         if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         // through a shuffle, so that the compiler knows it to be the same for the whole warp, and with it the addresses of
@@ -426,25 +458,7 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
             }
 #undef RUN
 #undef WHERE
-            if constexpr (KW > 1) {
-                constexpr int PART = WGS * MI * 64 * NT;
-                if (kw > 0)
-#pragma unroll
-                    for (int mi = 0; mi < MI; ++mi)
-#pragma unroll
-                        for (int i = 0; i < NT / 2; ++i)
-                            sums[(kw - 1) * PART + ((wg * MI + mi) * (NT / 2) + i) * 128 + thread % 128] = acc[mi][i];
-                named_barrier(1, C::CONSUMERS);
-                if (kw == 0)
-#pragma unroll
-                    for (int mi = 0; mi < MI; ++mi)
-#pragma unroll
-                        for (int i = 0; i < NT / 2; ++i)
-#pragma unroll
-                            for (int other = 0; other < KW - 1; ++other)
-                                acc[mi][i] += sums[other * PART + ((wg * MI + mi) * (NT / 2) + i) * 128 + thread % 128];
-                named_barrier(1, C::CONSUMERS);
-            }
+            if constexpr (KW > 1) add_columns<NT, MI, WGS, KW, C::CONSUMERS>(acc, sums, wg, kw, thread);
             if (KW == 1 && MODE == DOWN) named_barrier(1, C::CONSUMERS);  // columns are there
             if (kw == 0)
 #pragma unroll
