@@ -76,7 +76,7 @@ def test_reasons(kernels: Kernels) -> None:
         ours.layouts_of(Problem(DENSE, (48, 64), 1, group_size=48))
     assert "group_size 48 is not supported" in Moepress().why_not(Problem(DENSE, (48, 64), 1, group_size=48))
     assert [(each.name, each.chosen) for each in ours.explain(SMALL_MOE)] == [
-        ("moepress cuda", True), ("moepress reference", False),
+        ("moepress cuda", True), ("moepress triton", False), ("moepress reference", False),
     ]  # fmt: skip
 
 

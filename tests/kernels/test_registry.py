@@ -15,7 +15,7 @@ from moepress.kernels import registry
 from moepress.kernels.banks import describe, parse
 from moepress.kernels.problem import EXPERTS, LINEAR, Problem
 from moepress.kernels.records import RecordLayout
-from moepress.kernels.registry import CUDA, REFERENCE, Row, explain, select
+from moepress.kernels.registry import CUDA, REFERENCE, TRITON, Row, explain, select
 from stand_in import Kernels, stand_in
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -52,8 +52,11 @@ def test_on_the_cpu_the_reference_runs_and_nothing_is_said(op: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert select(problem(op)) == REFERENCE
-    cuda, reference = explain(problem(op))
-    assert (cuda.name, cuda.chosen, reference.name, reference.chosen) == (CUDA, False, REFERENCE, True)
+    cuda, triton, reference = explain(problem(op))
+    assert [(each.name, each.chosen) for each in (cuda, triton, reference)] == [
+        (CUDA, False), (TRITON, False), (REFERENCE, True)
+    ]  # fmt: skip
+    assert "MOEPRESS_KERNELS=triton runs them" in triton.reason
     assert "need a CUDA device, and this layer is on cpu" in cuda.reason and reference.reason == ""
 
 
@@ -67,7 +70,7 @@ def test_every_operation_has_a_reference_at_the_end(op: str) -> None:
 @pytest.mark.parametrize("op", [LINEAR, EXPERTS])
 def test_where_there_are_kernels_they_run(op: str, kernels: Kernels) -> None:
     assert select(problem(op, GPU)) == CUDA
-    assert explain(problem(op, GPU))[1].reason == "cuda goes first"
+    assert explain(problem(op, GPU))[-1].reason == "cuda goes first"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +131,7 @@ def test_the_environment_can_ask_for_the_reference(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("value", "words"),
     [(CUDA, "MOEPRESS_KERNELS is 'cuda', which cannot run linear here: .* on cpu; unset it"),
-     ("triton", "MOEPRESS_KERNELS is 'triton'; choose one of cuda, reference")],
+     ("rocm", "MOEPRESS_KERNELS is 'rocm'; choose one of cuda, triton, reference")],
 )  # fmt: skip
 def test_an_override_that_cannot_run_says_why(value: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(registry.OVERRIDE, value)

@@ -121,10 +121,12 @@ def check_linear(
     return y
 
 
-def shapes(device: str) -> list[tuple[int, int, int]]:
-    """Tokens, N, K; a GPU has time for large ones."""
+def shapes(device: str, dtype: torch.dtype) -> list[tuple[int, int, int]]:
+    """Tokens, N, K. A GPU has time for large ones; the interpreter takes the ragged one only, but for float32."""
     small = [(5, 70, 131), (1, 33, 96), (20, 16, 64)]
-    return small if device == "cpu" else [*small, (1, 1000, 2048), (33, 333, 1000), (130, 512, 640), (600, 48, 4096)]
+    if device == "cpu":
+        return small if dtype == torch.float32 else small[:1]
+    return [*small, (1, 1000, 2048), (33, 333, 1000), (130, 512, 640), (600, 48, 4096)]
 
 
 @on_devices
@@ -133,7 +135,7 @@ def shapes(device: str) -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize("bits", BITS)
 def test_a_matrix_against_float64(bits: int, group_size: int, dtype: torch.dtype, device: str) -> None:
     spec = WeightSpec(bits=bits, group_size=group_size)
-    for tokens, n, k in shapes(device):
+    for tokens, n, k in shapes(device, dtype):
         check_linear(inputs(tokens, k, dtype=dtype, device=device), random_parts(spec, n, k, device), spec, n, k)
 
 
@@ -141,7 +143,7 @@ def test_a_matrix_against_float64(bits: int, group_size: int, dtype: torch.dtype
 @in_dtypes
 @pytest.mark.parametrize("spec", RANKED, ids=lambda spec: spec.tag)
 def test_a_compensator_against_float64(spec: WeightSpec, dtype: torch.dtype, device: str) -> None:
-    for tokens, n, k in shapes(device):
+    for tokens, n, k in shapes(device, dtype):
         check_linear(inputs(tokens, k, dtype=dtype, device=device), random_parts(spec, n, k, device), spec, n, k)
 
 
@@ -204,7 +206,7 @@ KINDS = {
     "all widths": [WeightSpec(bits=bits, group_size=32) for bits in BITS],
     "mixed": [*RANKED[:2], WeightSpec(bits=5, group_size=128), *RANKED[3:]],
 }
-SMALL, LARGE = (7, 50, 33), (16, 512, 200)
+SMALL, LARGE = (7, 40, 33), (16, 512, 200)
 """Experts, hidden, intermediate."""
 Routing = Callable[[torch.Generator, int], torch.Tensor]
 ROUTINGS: dict[str, Routing] = {
@@ -286,7 +288,7 @@ def banks() -> dict[Any, ExpertBank]:
 def test_experts_against_float64(kind: str, dtype: torch.dtype, device: str, banks: dict[Any, ExpertBank]) -> None:
     for size in (SMALL,) if device == "cpu" else (SMALL, LARGE):
         made = banks.setdefault((kind, size, device), bank(kind, size, device))
-        for routing in ROUTINGS:
+        for routing in ROUTINGS if device == "cuda" or dtype == torch.float32 else ("usual",):
             x, ids, weights = routed(routing, size, dtype, device)
             before = x.clone()
             y = run(made, x, ids, weights)

@@ -22,9 +22,11 @@ from moepress.errors import KernelError
 from moepress.format.manifest import BankEntry, LinearEntry
 from moepress.format.packing import pack_codes
 from moepress.format.spec import BITS, GROUP_SIZES, WeightSpec
+from moepress.format.weight import dequantize
 from moepress.kernels import registry
 from moepress.kernels.experts.cuda import experts_op
 from moepress.kernels.linear.cuda import linear_op
+from moepress.kernels.linear.reference import compressed_linear
 from moepress.runtime.experts import ExpertBank
 from moepress.runtime.linear import CompressedLinear
 from moepress.runtime.packable import Packable
@@ -269,6 +271,43 @@ def test_compensators_run_on_the_kernel_too(rank: int, bits: int, calls: int, ke
     assert kernels.warmed == [(calls, [], torch.bfloat16, "cpu")]  # a kernel for the weight, one each for v and u
     del before["bias"]
     assert {name: each for name, each in contents(layer).items() if name != "bias"} == before
+
+
+def test_triton_runs_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stored parts go to Triton's functions as they are; their arithmetic has tests of its own."""
+    from moepress.kernels.experts import triton as experts_triton
+    from moepress.kernels.linear import triton as linear_triton
+    from moepress.runtime import experts as experts_module
+    from moepress.runtime import linear as linear_module
+
+    calls = []
+
+    def experts(x, ids, weights, gate, up, gate_up_slots, down, down_slots, intermediate):  # type: ignore[no-untyped-def]
+        calls.append("experts")
+        assert [each.spec for each in gate] == [each.spec for each in up] and intermediate == made.intermediate
+        for buckets, slots, side in ((gate, gate_up_slots, made.gate), (down, down_slots, made.down)):
+            for number, (expert, (bucket, slot)) in enumerate(enumerate(side.places())):
+                assert slots[bucket, expert] == slot and number == expert
+                part, own = buckets[bucket], side.dequantize(expert)
+                parts = {name: tensor[slot] for name, tensor in part.parts.items()}
+                assert torch.equal(dequantize(parts, part.spec, *own.shape), own)
+        return torch.zeros_like(x)
+
+    def dense(*arguments):  # type: ignore[no-untyped-def]
+        calls.append("linear")
+        return compressed_linear(*arguments)
+
+    monkeypatch.setenv(registry.OVERRIDE, registry.TRITON)
+    monkeypatch.setattr(linear_triton, "why_not", lambda device, dtype, bits: None)
+    monkeypatch.setattr(experts_triton, "why_not", lambda device, dtype, bits, activation: None)
+    monkeypatch.setattr(linear_module, "triton_linear", dense)
+    monkeypatch.setattr(experts_module, "triton_experts", experts)
+    layer, made, (x, ids, weights) = linear().bfloat16(), mixed(), routed()
+    with torch.no_grad():
+        assert layer(x).shape == (len(x), layer.out_features) and not layer.is_packed
+        assert not made(x, ids, weights).any() and not made.is_packed
+        made(x, ids, weights)
+    assert calls == ["linear", "experts", "experts"]
 
 
 def test_inputs_may_begin_anywhere(kernels: Kernels) -> None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which kernel runs: a table, and what it says of a problem.
 
-The first row of an operation that can run is taken. On a CUDA device the reference is never taken in silence: a warning
-names each reason once. MOEPRESS_KERNELS=reference (or cuda), read when a layer meets its first input, takes that row
-and no other, and is an error where it cannot run. On the CPU the reference is what there is, and nothing is said.
+The first row of an operation that can run is taken. On a CUDA device the reference is never taken in silence: a
+warning names each reason once. MOEPRESS_KERNELS=reference (or cuda, or triton), read when a layer meets its first
+input, takes that row and no other, and is an error where it cannot run. Triton's is taken in no other way until a GPU
+has measured it. On the CPU the reference is what there is, and nothing is said.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 
 from moepress.errors import KernelError
 from moepress.kernels.experts import cuda as experts_cuda
+from moepress.kernels.experts import triton as experts_triton
 from moepress.kernels.linear import cuda as linear_cuda
+from moepress.kernels.linear import triton as linear_triton
 from moepress.kernels.problem import EXPERTS, LINEAR, Problem
 
-CUDA, REFERENCE = "cuda", "reference"
+CUDA, TRITON, REFERENCE = "cuda", "triton", "reference"
 OVERRIDE = "MOEPRESS_KERNELS"
 _warned: set[str] = set()
 
@@ -45,11 +48,24 @@ def _always(problem: Problem) -> None:
     return None
 
 
+def _triton(problem: Problem) -> str | None:
+    if os.environ.get(OVERRIDE) != TRITON:
+        return f"no GPU has measured the Triton kernels yet; {OVERRIDE}={TRITON} runs them"
+    if problem.offloaded:
+        return "its weights are moved to the GPU for each call and out again"
+    bits = [layout.bits for layout in (*problem.layouts, *problem.down)]
+    if problem.op == LINEAR:
+        return linear_triton.why_not(problem.device, problem.dtype, bits[0])
+    return experts_triton.why_not(problem.device, problem.dtype, bits, problem.activation)
+
+
 ROWS = (
-    # The fastest first. A Triton row, for GPUs other than NVIDIA's, belongs between the two of an operation.
+    # the fastest first
     Row(LINEAR, CUDA, linear_cuda.why_not),
+    Row(LINEAR, TRITON, _triton),
     Row(LINEAR, REFERENCE, _always),
     Row(EXPERTS, CUDA, experts_cuda.why_not),
+    Row(EXPERTS, TRITON, _triton),
     Row(EXPERTS, REFERENCE, _always),
 )
 
@@ -59,8 +75,7 @@ def select(problem: Problem) -> str:
     choices = explain(problem)
     chosen = next(choice.name for choice in choices if choice.chosen)
     if chosen == REFERENCE and problem.device.type == "cuda" and not os.environ.get(OVERRIDE):
-        for choice in choices[:-1]:
-            _warn(problem.op, choice.reason)
+        _warn(problem.op, choices[0].reason)
     return chosen
 
 

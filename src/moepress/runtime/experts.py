@@ -17,6 +17,7 @@ from moepress.format.spec import PROJECTIONS, WeightSpec
 from moepress.format.weight import dequantize
 from moepress.kernels.experts.cuda import packed_experts
 from moepress.kernels.experts.reference import run_experts
+from moepress.kernels.experts.triton import Bucket, slot_table, triton_experts
 from moepress.kernels.linear.reference import compressed_linear
 from moepress.kernels.problem import EXPERTS, SILU, Problem
 from moepress.runtime.packable import Key, Packable, Side
@@ -73,9 +74,24 @@ class ExpertBank(Packable):
         if self._ready(flat, top_k_index.shape[-1]):
             gate_up, down = self.banks()
             out = packed_experts(flat, top_k_index, top_k_weights, gate_up, down, self.intermediate)
+        elif self._on_triton(flat, top_k_index.shape[-1]):
+            out = self._run_triton(flat, top_k_index, top_k_weights)
         else:
             out = run_experts(flat, top_k_index, top_k_weights, self.num_experts, self.run_expert)
         return out.view_as(hidden_states)
+
+    def _run_triton(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        gate, up, down = (
+            [Bucket(bucket.spec, bucket.parts()) for bucket in projection.values()]
+            for projection in (self.gate, self.up, self.down)
+        )
+        if not self._slots:
+            self._slots = tuple(slot_table(side.places(), x.device) for side in (self.gate, self.down))
+        return triton_experts(x, ids, weights, gate, up, self._slots[0], down, self._slots[1], self.intermediate)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._slots: tuple[torch.Tensor, ...] = ()
 
     def run_expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """x [n, H] through one expert, unweighted."""

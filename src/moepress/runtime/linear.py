@@ -14,6 +14,7 @@ from moepress.kernels.banks import Weights, describe
 from moepress.kernels.linear.cuda import packed_linear
 from moepress.kernels.linear.factors import factor_layouts, pack_factors, why_not_records
 from moepress.kernels.linear.reference import compressed_linear
+from moepress.kernels.linear.triton import triton_linear
 from moepress.kernels.problem import LINEAR, Problem
 from moepress.kernels.records import RecordLayout
 from moepress.runtime.packable import Key, Packable, Side
@@ -36,7 +37,8 @@ class CompressedLinear(Packable, StoredParts):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._ready(x):
-            return compressed_linear(x, self.parts(), self.spec, self.out_features, self.in_features, self.bias)
+            run = triton_linear if self._on_triton(x) else compressed_linear
+            return run(x, self.parts(), self.spec, self.out_features, self.in_features, self.bias)
         (weights,) = self.banks()
         factors = self._factor_banks() if "v_records" in self._buffers else self._factors()
         return packed_linear(x, weights, self.spec, factors, self.out_features, self.bias)

@@ -22,7 +22,7 @@ from moepress.errors import KernelError
 from moepress.kernels.banks import Weights, Where, describe
 from moepress.kernels.problem import Problem
 from moepress.kernels.records import RecordLayout
-from moepress.kernels.registry import CUDA, select
+from moepress.kernels.registry import CUDA, TRITON, select
 from moepress.runtime.stored import StoredParts
 
 Key = tuple[torch.dtype, int]
@@ -47,7 +47,7 @@ class Packable(nn.Module):
     """Names of the buffers with the banks' tables, one for each side."""
     extras: tuple[str, ...] = ()
     """Further buffers that are made with the banks and go with them."""
-    _settled: dict[Key, bool]
+    _settled: dict[Key, str]
     _settled_on: torch.device | None
     _banks: tuple[Weights, ...]
     _texts: tuple[str, ...]
@@ -84,7 +84,7 @@ class Packable(nn.Module):
                     bucket.from_records(up)
 
     def settle(self, dtype: torch.dtype, top_k: int = 1) -> bool:
-        """Whether kernels run for inputs of this dtype; packs where they do.
+        """Whether the CUDA kernels run for inputs of this dtype; packs where they do.
 
         Raises KernelError while a CUDA graph is captured, and where MOEPRESS_KERNELS asks for the impossible.
         """
@@ -98,7 +98,7 @@ class Packable(nn.Module):
                     "before, with as many tokens"
                 )
             self._settled[dtype, top_k] = self._choose((dtype, top_k))
-        return self._settled[dtype, top_k]
+        return self._settled[dtype, top_k] == CUDA
 
     def layouts(self) -> tuple[tuple[RecordLayout, ...], ...]:
         """Of the records, packed or not: for each side those of its buckets."""
@@ -117,7 +117,7 @@ class Packable(nn.Module):
     def _ready(self, x: torch.Tensor, top_k: int = 1) -> bool:
         """`settle` for this input, at next to no cost where that has been done."""
         if x.device == self._settled_on and (found := self._settled.get((x.dtype, top_k))) is not None:
-            return found
+            return found == CUDA
         if torch.compiler.is_compiling() and x.device.type != "cuda":
             return False
         return self._settle_outside_graphs(x.device, x.dtype, top_k)
@@ -129,15 +129,20 @@ class Packable(nn.Module):
         # an input from elsewhere is left to torch, which knows what to say
         return device == self.device and self.settle(dtype, top_k)
 
-    def _choose(self, key: Key) -> bool:
+    def _on_triton(self, x: torch.Tensor, top_k: int = 1) -> bool:
+        """Whether Triton's kernels were chosen for this input, once `_ready` has been asked."""
+        return self._settled.get((x.dtype, top_k)) == TRITON
+
+    def _choose(self, key: Key) -> str:
         offloaded = any(_is_offloaded(module) for module in self.modules())
-        if select(replace(self._problem(key), offloaded=offloaded)) != CUDA:
-            return False
+        chosen = select(replace(self._problem(key), offloaded=offloaded))
+        if chosen != CUDA:
+            return chosen
         self.pack()
         if not self._banks:
             with torch.inference_mode(False):
                 self._make_banks()
-        return True
+        return chosen
 
     def _make_banks(self) -> None:
         from moepress.kernels.cuda import run

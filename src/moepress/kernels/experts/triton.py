@@ -24,7 +24,16 @@ from moepress.format.spec import WeightSpec
 from moepress.format.weight import Parts
 from moepress.kernels.banks import needs_operation, no_gradient
 from moepress.kernels.linear import triton as dense
-from moepress.kernels.linear.triton import base, constants, factor, flatten, named, rank_columns, spec_of, tile
+from moepress.kernels.linear.triton import (
+    base,
+    constants,
+    factor,
+    flatten,
+    named,
+    project_constants,
+    spec_of,
+    tile_for,
+)
 from moepress.kernels.problem import SILU
 
 try:
@@ -212,16 +221,16 @@ class _Run:
         """x [T, H], ids [T, k]."""
         few = len(x) <= FEW_TOKENS
         self.x, self.ids, self.experts = x, ids, experts
-        self.rows, self.columns = tile(1 if few else ids.numel() / experts)
-        self.blocks = few_blocks(ids) if few else sorted_blocks(ids, experts, self.rows)
+        self.tile = tile_for(1 if few else ids.numel() / experts, x.dtype)
+        self.blocks = few_blocks(ids) if few else sorted_blocks(ids, experts, self.tile.rows)
 
     def gate_up(self, gate: Bucket, up: Bucket, slots: torch.Tensor, h: torch.Tensor) -> None:
         """Writes silu(x gate^T) * (x up^T) of the bucket's experts into h [P, I], by place."""
         n, k = h.shape[1], self.x.shape[1]
         matrices = (self._matrix(each, slots, self.x, self.ids.shape[1]) for each in (gate, up))
-        _gate_up_kernel[self._grid(n, self.columns)](
+        _gate_up_kernel[self._grid(n, self.tile.columns)](
             self.x, h, *matrices, *self.blocks, slots, self.experts, N=n, K=k, SLOTS=self.ids.shape[1],
-            **self._constants(gate.spec),
+            **constants(gate.spec, self.tile),
         )  # fmt: skip
 
     def down(
@@ -229,9 +238,9 @@ class _Run:
     ) -> None:
         """Writes weight * (h down^T) of the bucket's experts into parts [P, H], by pair."""
         n, k = parts.shape[1], h.shape[1]
-        _down_kernel[self._grid(n, self.columns)](
+        _down_kernel[self._grid(n, self.tile.columns)](
             h, parts, self._matrix(bucket, slots, h, 0), weights, *self.blocks, slots, self.experts, N=n, K=k,
-            **self._constants(bucket.spec),
+            **constants(bucket.spec, self.tile),
         )  # fmt: skip
 
     def combine(self, parts: torch.Tensor, y: torch.Tensor) -> None:
@@ -247,18 +256,14 @@ class _Run:
         spec, parts = bucket
         if not spec.rank:
             return *base(parts), None, None, None
-        t, columns = x.new_empty(self.ids.numel(), spec.rank), rank_columns(spec)
-        _project_kernel[self._grid(spec.rank, columns)](
-            x, t, *factor(parts, spec, "v"), *self.blocks, slots, self.experts, K=x.shape[1], RANK=spec.rank,
-            SLOTS=per_row, FACTOR_BITS=spec.factor_bits, ROWS=self.rows, COLUMNS=columns, STEP=dense.STEP,
-        )  # fmt: skip
+        t, fixed = x.new_empty(self.ids.numel(), spec.rank), project_constants(spec, self.tile)
+        _project_kernel[self._grid(spec.rank, fixed["COLUMNS"])](
+            x, t, *factor(parts, spec, "v"), *self.blocks, slots, self.experts, K=x.shape[1], SLOTS=per_row, **fixed
+        )
         return *base(parts), *factor(parts, spec, "u"), t
 
     def _grid(self, n: int, columns: int) -> tuple[int, int]:
         return len(self.blocks.expert), triton.cdiv(n, columns)
-
-    def _constants(self, spec: WeightSpec) -> dict[str, int]:
-        return constants(spec) | {"ROWS": self.rows, "COLUMNS": self.columns}
 
 
 # ---------------------------------------------------------------------------------------------- kernels

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def why_not(problem: Problem) -> str | None:
-    """None where the kernel can run, else the reason it cannot. A compensator is no reason: its factors are two more calls."""
+    """None where the kernel can run, else the reason it cannot. A compensator is none: it is two more calls."""
     if reason := why_not_here(problem):
         return reason
     from moepress.kernels.cuda import run

@@ -2,12 +2,12 @@
 """y = x W^T (+ bias) for one compressed weight in Triton, straight from the stored parts (FORMAT.md, Stored tensors).
 
 The fallback for GPUs that the CUDA kernels do not take: nothing is repacked, and memory is what the format stores. A
-program multiplies some rows of x by some rows of W and walks their columns, a piece of one group at a time: it fetches
-the byte of each code, and the next byte of those that go on in it, dequantises in float32 as the format says, rounds
-once to x's dtype and multiplies with sums in float32. A compensator is a small product before, t = x v^T, rounded to
-x's dtype, and t u^T added to the same sums. No sum depends on the order in which programs run: results repeat bitwise.
+program multiplies some rows of x by some rows of W and walks their columns. It unpacks codes, dequantises in float32 as
+the format says, rounds once to x's dtype and multiplies with sums in float32. A compensator is a product before,
+t = x v^T, rounded to x's dtype, and t u^T added to the same sums. No sum depends on the order in which programs run:
+results repeat bitwise.
 
-The functions without a leading underscore also make the kernels of experts.
+What has no leading underscore also makes the kernels of experts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -31,10 +32,17 @@ except ImportError:  # builds of torch without CUDA come without Triton
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LEAST_CAPABILITY = (8, 0)
 """Of the NVIDIA GPUs that Triton compiles for."""
-STEP = 64
-"""Columns that are multiplied at once, where a group is not smaller: a power of two, so no step crosses groups."""
 RANK_STEP = 16
-"""The same for t u^T: the least that tensor cores take, because ranks are small."""
+"""Columns of t u^T that are multiplied at once: the least that tensor cores take, because ranks are small."""
+
+
+class Tile(NamedTuple):
+    """What one program multiplies: rows of x, rows of W, and how many columns at once (a power of two, 32 or more)."""
+
+    rows: int
+    columns: int
+    step: int
+    warps: int
 
 
 def why_not(device: torch.device, dtype: torch.dtype, bits: int) -> str | None:
@@ -89,24 +97,22 @@ def _linear(
     y = x.new_empty(rows, out_features)
     if not rows:
         return y
-    block, columns = tile(rows)
+    tile = tile_for(rows, x.dtype)
     with torch.cuda.device_of(x):  # Triton launches on the current GPU, whichever it is
-        t = _project(x, parts, spec, block) if spec.rank else None
-        _linear_kernel[(triton.cdiv(rows, block), triton.cdiv(out_features, columns))](
-            x, y, bias, (*base(parts), *factor(parts, spec, "u"), t), rows, N=out_features, K=k,
-            **constants(spec), ROWS=block, COLUMNS=columns,
-        )  # fmt: skip
+        t = _project(x, parts, spec, tile) if spec.rank else None
+        _linear_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(out_features, tile.columns))](
+            x, y, bias, (*base(parts), *factor(parts, spec, "u"), t), rows, N=out_features, K=k, **constants(spec, tile)
+        )
     return y
 
 
-def _project(x: torch.Tensor, parts: Parts, spec: WeightSpec, block: int) -> torch.Tensor:
+def _project(x: torch.Tensor, parts: Parts, spec: WeightSpec, tile: Tile) -> torch.Tensor:
     """t = x v^T [M, R] in x's dtype."""
-    (rows, k), columns = x.shape, rank_columns(spec)
-    t = x.new_empty(rows, spec.rank)
-    _project_kernel[(triton.cdiv(rows, block), triton.cdiv(spec.rank, columns))](
-        x, t, *factor(parts, spec, "v"), rows, K=k, RANK=spec.rank, FACTOR_BITS=spec.factor_bits,
-        ROWS=block, COLUMNS=columns, STEP=STEP,
-    )  # fmt: skip
+    rows, k = x.shape
+    t, fixed = x.new_empty(rows, spec.rank), project_constants(spec, tile)
+    _project_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(spec.rank, fixed["COLUMNS"]))](
+        x, t, *factor(parts, spec, "v"), rows, K=k, **fixed
+    )
     return t
 
 
@@ -142,23 +148,31 @@ def named(tensors: list[torch.Tensor], spec: WeightSpec, out_features: int, in_f
     return dict(zip(spec.parts(out_features, in_features), tensors, strict=True))
 
 
-def tile(rows: float) -> tuple[int, int]:
-    """Rows of x and rows of W of one program, where `rows` rows of x meet the matrix."""
+def tile_for(rows: float, dtype: torch.dtype) -> Tile:
+    """The tile where `rows` rows of x meet a matrix, on average."""
+    if dtype == torch.float32:  # twice the shared memory, and no tensor cores to feed
+        return Tile(16 if rows <= 16 else 32, 32, 64, 4)
     if rows <= 16:
-        return 16, 32  # few rows of W, so that there are many programs: reading W is all the work
-    return (32 if rows <= 32 else 64), 64
+        # reading W is all the work: many programs, and few steps, because each waits for its codes
+        return Tile(16, 16, 256, 4)
+    if rows <= 32:
+        return Tile(32, 32, 128, 4)
+    return Tile(64, 64, 64, 4) if rows <= 64 else Tile(128, 64, 64, 8)
 
 
-def rank_columns(spec: WeightSpec) -> int:
-    """Rows of v of one program."""
-    return 16 if spec.rank <= 16 else 32
-
-
-def constants(spec: WeightSpec) -> dict[str, int]:
-    """What of a spec is compiled into a kernel."""
+def constants(spec: WeightSpec, tile: Tile) -> dict[str, int]:
+    """What of a spec and a tile is compiled into a kernel."""
     return {
         "BITS": spec.bits, "GROUP": spec.group_size, "RANK": spec.rank, "FACTOR_BITS": spec.factor_bits,
-        "STEP": STEP, "RANK_STEP": RANK_STEP,
+        "ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.step, "RANK_STEP": RANK_STEP, "num_warps": tile.warps,
+    }  # fmt: skip
+
+
+def project_constants(spec: WeightSpec, tile: Tile) -> dict[str, int]:
+    """The same for t = x v^T."""
+    return {
+        "RANK": spec.rank, "FACTOR_BITS": spec.factor_bits,
+        "ROWS": tile.rows, "COLUMNS": 16 if spec.rank <= 16 else 32, "STEP": tile.step, "num_warps": tile.warps,
     }  # fmt: skip
 
 
@@ -196,18 +210,23 @@ if triton is not None:
         return (word >> shift) & ((1 << BITS) - 1)
 
     @triton.jit
-    def octets(packed_ptr, octet, whole, ROW_BYTES: tl.constexpr, BITS: tl.constexpr):
-        """Codes int32 [octets, 8, rows]: eight codes are one little-endian integer of BITS bytes.
+    def row_codes(packed_ptr, start, whole, K: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr):
+        """Codes start to start + STEP - 1 of rows of K, int32 [STEP, rows]; anything beyond a row, which is not read.
 
-        packed_ptr: pointers to rows of W, used where `whole`; octet: which eight columns. Nothing beyond a row is read.
+        packed_ptr: pointers to rows, used where `whole`. Eight codes are one little-endian integer of BITS bytes, and
+        `start` is a multiple of eight. Columns come first so that neighbouring threads read neighbouring bytes.
         """
-        word = tl.zeros([octet.shape[0], packed_ptr.shape[0]], tl.int32 if BITS <= 4 else tl.int64)
+        if BITS == 8:
+            column = start + tl.arange(0, STEP)
+            return codes(packed_ptr[None, :], column[:, None], (column < K)[:, None] & whole[None, :], BITS)
+        word = tl.zeros([STEP // 8, packed_ptr.shape[0]], tl.int32 if BITS <= 4 else tl.int64)
         for i in tl.static_range(BITS):
-            byte = octet * BITS + i
-            there = (byte < ROW_BYTES)[:, None] & whole[None, :]
+            byte = (start // 8 + tl.arange(0, STEP // 8)) * BITS + i
+            there = (byte < (K * BITS + 7) // 8)[:, None] & whole[None, :]
             word |= tl.load(packed_ptr[None, :] + byte[:, None], there, other=0).to(word.dtype) << (8 * i)
         # the mask also removes the sign bits that the shift brings in
-        return ((word[:, None, :] >> (tl.arange(0, 8) * BITS)[None, :, None]) & ((1 << BITS) - 1)).to(tl.int32)
+        eight = (word[:, None, :] >> (tl.arange(0, 8) * BITS)[None, :, None]) & ((1 << BITS) - 1)
+        return eight.to(tl.int32).reshape([STEP, packed_ptr.shape[0]])
 
     @triton.jit
     def product(
@@ -219,25 +238,23 @@ if triton is not None:
         x_ptr: pointers to rows of K values, used where `inside`. W (N, K) is number `slot` of stacked ones. `row` and
         `slot` are int64.
         """
-        whole = row < N
         GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
-        ROW_BYTES: tl.constexpr = (K * BITS + 7) // 8
         PIECE: tl.constexpr = min(STEP, GROUP)  # of one group
-        matrix_row = slot * N + row
-        packed_ptr += matrix_row * ROW_BYTES
+        whole, matrix_row = row < N, slot * N + row
+        packed_ptr += matrix_row * ((K * BITS + 7) // 8)
         scale_ptr += matrix_row * GROUPS
         zero_ptr += matrix_row * GROUPS
         sums = tl.zeros([x_ptr.shape[0], row.shape[0]], tl.float32)
         for start in range(0, K, STEP):
-            column = start + tl.arange(0, STEP)
-            code = octets(packed_ptr, start // 8 + tl.arange(0, STEP // 8), whole, ROW_BYTES, BITS)
             group = start // GROUP + tl.arange(0, STEP // PIECE)
             there = (group < GROUPS)[:, None] & whole[None, :]
             zero = tl.load(zero_ptr[None, :] + group[:, None], there, other=0.0).to(tl.float32)
             scale = tl.load(scale_ptr[None, :] + group[:, None], there, other=0.0).to(tl.float32)
-            pieces = code.to(tl.float32).reshape([STEP // PIECE, PIECE // 8, 8, row.shape[0]])
-            weight = (pieces - zero[:, None, None, :]) * scale[:, None, None, :]
-            weight = tl.where((column < K)[:, None] & whole[None, :], weight.reshape([STEP, row.shape[0]]), 0.0)
+            code = row_codes(packed_ptr, start, whole, K, BITS, STEP).to(tl.float32)
+            pieces = code.reshape([STEP // PIECE, PIECE, row.shape[0]])
+            weight = ((pieces - zero[:, None, :]) * scale[:, None, :]).reshape([STEP, row.shape[0]])
+            column = start + tl.arange(0, STEP)
+            weight = tl.where((column < K)[:, None], weight, 0.0)  # fp16 can overflow there, and 0 * inf is no 0
             x = tl.load(x_ptr[:, None] + column[None, :], inside[:, None] & (column < K)[None, :], other=0.0)
             sums = tl.dot(x, weight.to(x.dtype), sums, input_precision="ieee")
         return sums
@@ -249,7 +266,8 @@ if triton is not None:
     ):  # fmt: skip
         """sums + x F^T for a factor F (N, K), which is v or u; otherwise as `product`.
 
-        A factor is one stream from its first element to its last, with a scale for each 64 of them.
+        A factor is one stream from its first element to its last, with a scale for each 64 of them, so that its rows
+        begin anywhere in a byte.
         """
         if BITS < 16:
             values_ptr += slot * ((N * K * BITS + 7) // 8)
