@@ -179,6 +179,19 @@ def test_rows_do_not_depend_on_each_other(device: str) -> None:
     assert torch.equal(again[:5], y[:5]) and again[5:].isnan().all()
 
 
+TILES = sorted({linear.tile_for(rows, torch.float16) for rows in range(1, 300)})
+by_tile = pytest.mark.parametrize("tile", TILES, ids=lambda tile: "x".join(map(str, tile)))
+
+
+@on_devices
+@by_tile
+def test_every_tile(tile: linear.Tile, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(linear, "tile_for", lambda rows, dtype: tile)
+    spec, (n, k) = RANKED[2], (70, 131)  # groups of 128, where steps are 64 to 256
+    x = inputs(tile.rows + 2, k, dtype=torch.float16, device=device)
+    check_linear(x, random_parts(spec, n, k, device), spec, n, k)
+
+
 def at_the_end_of_memory(tensor: torch.Tensor) -> torch.Tensor:
     """A copy that ends where a page begins that may not be read."""
     size = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -309,6 +322,16 @@ def test_weights_of_another_dtype_are_used_as_they_are(device: str) -> None:
     y = run(made, x, ids, exact)
     assert y.dtype == torch.float16
     check(y, expected(made, x.double(), ids, exact.double()), expected(made, x, ids, exact))
+
+
+@on_devices
+@by_tile
+def test_experts_in_every_tile(tile: linear.Tile, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(experts, "tile_for", lambda rows, dtype: tile)
+    made = bank("3 bits", SMALL, device)
+    x, ids, weights = routed("usual", SMALL, torch.float16, device)
+    truth, plain = expected(made, x.double(), ids, weights.double()), expected(made, x, ids, weights)
+    check(run(made, x, ids, weights), truth, plain)
 
 
 @on_devices

@@ -13,6 +13,27 @@ constexpr int WARP = 32;
 constexpr int ROWS = 16;      // rows of a record
 constexpr int UNIT = 64;      // columns of a unit: the four k-steps of one scale group of 64
 
+// ---- weights ------------------------------------------------------------------------------------------------------
+
+enum Mode { DENSE, GATE_UP, DOWN };  // one matrix; experts' gate and up interleaved, with SiLU; their down
+
+struct Expert {  // one weight matrix in records
+    const u8* records;
+    int word_bits;
+    int centre;  // the middle of its codes; 5- and 6-bit codes have words of 8 bits, so these do not tell
+};
+
+// A matrix for each expert, at `stride` bytes from the first or where a table says; DENSE has one.
+struct Bank {
+    const Expert* experts;  // [num_experts] or null
+    Expert first;
+    u64 stride;
+
+    __device__ Expert expert(int id) const {
+        return experts ? experts[id] : Expert{first.records + id * stride, first.word_bits, first.centre};
+    }
+};
+
 // ---- 16-bit types -------------------------------------------------------------------------------------------------
 
 // One activation type of a kernel: `bf16` true is bfloat16, false is IEEE half. Weights are unpacked to the same.

@@ -8,21 +8,11 @@
 // share the columns of a row block and add up in their order, so results do not depend on the grid and repeat bitwise.
 #include "sums.cuh"
 
-enum Mode { DENSE, GATE_UP, DOWN };
-
-struct Expert {  // one weight matrix in records
-    const u8* records;
-    int word_bits;
-    int centre;  // the middle of its codes; 5- and 6-bit codes have words of 8 bits, so these do not tell
-};
-
 struct Arguments {
     const u16* x;           // DENSE [tokens, k], GATE_UP [1, k], DOWN [slots, k]
     u16* y;                 // DENSE [tokens, n], GATE_UP [slots, n], DOWN [1, n]
     const u16* bias;        // DENSE [n] or null
-    const Expert* experts;  // [num_experts]; null: `only` is the first, and the others follow at `stride` bytes
-    Expert only;
-    u64 stride;
+    Bank bank;
     const void* ids;        // [slots], int64 where ids_wide, else int32; outside 0..num_experts-1: run nothing
     const void* weights;    // DOWN [slots], float32 where weights_wide, else as x
     int ids_wide, weights_wide;
@@ -31,14 +21,11 @@ struct Arguments {
     int records;            // of a row block
     int row_blocks;
     int stages;
-
-    __device__ Expert expert(int id) const {
-        return experts ? experts[id] : Expert{only.records + id * stride, only.word_bits, only.centre};
-    }
 };
 
 constexpr int MAX_SLOTS = 32;
 constexpr int RING = 4;  // stages where copies are counted, not signalled: before Hopper
+
 // ---- x in shared memory -------------------------------------------------------------------------------------------
 
 // Rows of k values -> B fragments in unit order, and the sums of their segments. All threads take part; a thread asks
@@ -230,7 +217,7 @@ template <bool BF16, int MODE> __device__ void find_active(Active& active, const
         const u32 votes = __ballot_sync(~0u, real);
         if (real) {
             const int at = __popc(votes & ((1u << s) - 1));
-            active.expert[at] = p.expert(int(id));
+            active.expert[at] = p.bank.expert(int(id));
             active.slot[at] = s;
             if (MODE == DOWN)
                 active.weight[at] = p.weights_wide ? ((const float*)p.weights)[s] : widen<BF16>(((const u16*)p.weights)[s]);

@@ -9,20 +9,10 @@
 #include "sums.cuh"
 #include "wgmma.cuh"
 
-enum Mode { DENSE, GATE_UP, DOWN };
-
-struct Expert {  // one weight matrix in records
-    const u8* records;
-    int word_bits;
-    int centre;  // the middle of its codes; 5- and 6-bit codes have words of 8 bits, so these do not tell
-};
-
 struct Arguments {
     u16* y;                 // DENSE [tokens, n]; GATE_UP [pairs, n] in sorted order; DOWN [tokens * slots, n]
     const u16* bias;        // DENSE [n] or null
-    const Expert* experts;  // [num_experts]; null: `only` is the first, and the others follow at `stride` bytes
-    Expert only;
-    u64 stride;
+    Bank bank;
     const int* first;       // [num_experts + 1] first sorted pair of each expert; DENSE null
     const int* pairs;       // [pairs] token * slots + slot, sorted by expert; DENSE null
     const void* weights;    // DOWN [tokens * slots], float32 where weights_wide, else as x
@@ -32,10 +22,6 @@ struct Arguments {
     int records;            // of a row block
     int row_blocks;
     int stages;
-
-    __device__ Expert expert(int id) const {
-        return experts ? experts[id] : Expert{only.records + id * stride, only.word_bits, only.centre};
-    }
 };
 
 constexpr int MAX_EXPERTS = 512;
@@ -340,7 +326,7 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
     u32 phase = 1;
     for (int index = blockIdx.x; index < schedule.total; index += gridDim.x) {
         const Work work = schedule.at(index);
-        const Expert e = p.expert(work.expert);
+        const Expert e = p.bank.expert(work.expert);
         const u32 size = Record<U, G>::bytes(B ? B : e.word_bits);
         const int groups = min(MI * WGS, (p.row_blocks - work.row_block + 3) / 4);
         const u8* from = e.records + (u64)work.row_block * p.records * size;
@@ -435,7 +421,7 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
             for (int mi = 0; mi < MI; ++mi)
 #pragma unroll
                 for (int i = 0; i < NT / 2; ++i) acc[mi][i] = 0.f;
-            const Expert expert = p.expert(work.expert);
+            const Expert expert = p.bank.expert(work.expert);
             const int bits = B ? B : expert.word_bits;
 #define WHERE acc, ring, STAGE, bars, p.stages, stage, phase, p.records, wg, kw, lane, warp, expert.centre
 #define RUN(W)                                                                                               \
