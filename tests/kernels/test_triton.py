@@ -215,7 +215,7 @@ def test_nothing_is_read_beyond_a_tensor(spec: WeightSpec) -> None:
 # ---------------------------------------------------------------------------------------------- experts
 
 KINDS = {
-    "3 bits": [WeightSpec(bits=3, group_size=64)],
+    "alike": RANKED[:1],
     "all widths": [WeightSpec(bits=bits, group_size=32) for bits in BITS],
     "mixed": [*RANKED[:2], WeightSpec(bits=5, group_size=128), *RANKED[3:]],
 }
@@ -316,7 +316,7 @@ def test_experts_against_float64(kind: str, dtype: torch.dtype, device: str, ban
 
 @on_devices
 def test_weights_of_another_dtype_are_used_as_they_are(device: str) -> None:
-    made = bank("mixed", SMALL, device)
+    made = bank("alike", SMALL, device)
     x, ids, weights = routed("usual", SMALL, torch.float16, device)
     exact = weights.float() + 1e-5
     y = run(made, x, ids, exact)
@@ -328,7 +328,7 @@ def test_weights_of_another_dtype_are_used_as_they_are(device: str) -> None:
 @by_tile
 def test_experts_in_every_tile(tile: linear.Tile, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.setattr(experts, "tile_for", lambda rows, dtype: tile)
-    made = bank("3 bits", SMALL, device)
+    made = bank("alike", SMALL, device)
     x, ids, weights = routed("usual", SMALL, torch.float16, device)
     truth, plain = expected(made, x.double(), ids, weights.double()), expected(made, x, ids, weights)
     check(run(made, x, ids, weights), truth, plain)
@@ -336,7 +336,7 @@ def test_experts_in_every_tile(tile: linear.Tile, monkeypatch: pytest.MonkeyPatc
 
 @on_devices
 def test_tokens_in_turns(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    made = bank("mixed", SMALL, device)
+    made = bank("alike", SMALL, device)
     x, ids, weights = routed("usual", SMALL, torch.float16, device)
     truth, plain = expected(made, x.double(), ids, weights.double()), expected(made, x, ids, weights)
     monkeypatch.setattr(experts, "MAX_PAIRS", 15)
@@ -346,7 +346,7 @@ def test_tokens_in_turns(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
 @on_devices
 @pytest.mark.parametrize("routing", ["usual", "few tokens"])
 def test_tokens_do_not_depend_on_each_other(routing: str, device: str) -> None:
-    made = bank("mixed", SMALL, device)
+    made = bank("alike", SMALL, device)
     x, ids, weights = routed(routing, SMALL, torch.float16, device)
     y = run(made, x, ids, weights)
     x[1] = float("nan")
