@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -73,3 +75,21 @@ def test_known_layers() -> None:
     assert choose.gemv_stages(down, 2, 1, AVAILABLE) == 2 and choose.gemv_warps(down.row_blocks, 132) == 8
     mixed = choose.Bank(tuple(RecordLayout(2048, 768, bits, 64) for bits in (1, 2, 3)))
     assert mixed.template == "0, 4, 4, 64" and mixed.record_bytes == 4 * (128 * 4 + 64)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_matrix_brings_its_middle_code(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """5- and 6-bit codes lie in words of 8: scaled around 128, they would round 15 times as badly."""
+    from moepress.kernels.cuda.run import RecordBank
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    layout = RecordLayout(64, 64, bits, 64)
+    records, word = torch.zeros(2, *layout.shape, dtype=torch.uint8), bits if bits <= 4 else 8
+    middle = 0 if bits == 1 else 2 ** (bits - 1)
+    bank = RecordBank.build([records], [layout], [(0, 0), (0, 1)])
+    argument = bank.argument
+    assert (argument.experts, argument.first, argument.stride) == (None, records.data_ptr(), layout.num_bytes)
+    assert (argument.word_bits, argument.centre) == (word, middle)
+    turned = RecordBank.build([records], [layout], [(0, 1), (0, 0)])
+    assert turned.argument.experts == turned.table.data_ptr() and turned.argument.first is None
+    assert turned.table.tolist() == [[records[slot].data_ptr(), word + (middle << 32)] for slot in (1, 0)]

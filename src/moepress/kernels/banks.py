@@ -94,6 +94,6 @@ def needs_operation() -> bool:
 def no_gradient(ctx: Any, *gradients: torch.Tensor) -> None:
     """The backward of both operations. Raises KernelError."""
     raise KernelError(
-        "CUDA kernels of moepress have no gradients: call the model under torch.no_grad(), or, for a backward pass, "
+        "moepress's kernels have no gradients: call the model under torch.no_grad(), or, for a backward pass, "
         "set MOEPRESS_KERNELS=reference before the model is loaded"
     )
