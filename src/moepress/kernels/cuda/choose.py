@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from moepress.kernels.records import BLOCKS, RecordLayout
 
+Mode = Literal["DENSE", "GATE_UP", "DOWN"]
+"""What a kernel's product is for: a matrix, or one half of a layer of experts."""
 WARPS = 32
 """Warps of a block of `gemv`."""
 RESERVED = 1024

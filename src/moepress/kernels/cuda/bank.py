@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RecordBank: matrices in records on one device, as kernels are told of them; and how argument structs are built."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from moepress.kernels.cuda import choose
+from moepress.kernels.records import RecordLayout
+
+
+class BankArgument(ctypes.Structure):
+    """Where a kernel finds its matrices: a table of addresses, or a first one and the way to the next."""
+
+    _fields_ = (
+        ("experts", ctypes.c_void_p), ("first", ctypes.c_void_p), ("word_bits", ctypes.c_int),
+        ("centre", ctypes.c_int), ("stride", ctypes.c_uint64),
+    )  # fmt: skip
+
+
+def structure(name: str, before: str, after: str, numbers: str) -> Any:
+    """A struct of pointers, a bank, pointers and ints, as the kernels' `Arguments` are."""
+    fields: list[tuple[str, Any]] = [(each, ctypes.c_void_p) for each in before.split()]
+    fields += [("bank", BankArgument)] if after else []
+    fields += [(each, ctypes.c_void_p) for each in after.split()] + [(each, ctypes.c_int) for each in numbers.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+@dataclass(frozen=True)
+class RecordBank:
+    """E matrices [rows, columns] of one group size in records on one CUDA device; their widths may differ."""
+
+    records: tuple[torch.Tensor, ...]
+    """For each width, uint8 [count, *layout.shape]."""
+    layouts: tuple[RecordLayout, ...]
+    where: tuple[tuple[int, int], ...]
+    """Expert -> (which of `records`, slot)."""
+    table: torch.Tensor
+    """int64 [E, 2] on the device: address; word bits and, 32 bits up, the middle code."""
+
+    @classmethod
+    def build(
+        cls, records: Sequence[torch.Tensor], layouts: Sequence[RecordLayout], where: Sequence[tuple[int, int]]
+    ) -> RecordBank:
+        """The bank with its table. The records must be complete and stay where they are.
+
+        Waits for the device: a kernel asks for its first records before the work ahead of it on the stream has ended.
+        """
+        rows = [
+            (records[which][slot].data_ptr(), layouts[which].word_bits | centre(layouts[which]) << 32)
+            for which, slot in where
+        ]
+        table = torch.tensor(rows, dtype=torch.int64).to(records[0].device)
+        torch.cuda.synchronize(records[0].device)
+        return cls(tuple(records), tuple(layouts), tuple(where), table)
+
+    @cached_property
+    def shape(self) -> choose.Bank:
+        return choose.Bank(self.layouts)
+
+    @cached_property
+    def argument(self) -> BankArgument:
+        """Uniform banks need no table: one load less before the first record is asked for."""
+        if len(self.records) == 1 and all(slot == expert for expert, (_, slot) in enumerate(self.where)):
+            first, layout = self.records[0], self.layouts[0]
+            return BankArgument(None, first.data_ptr(), layout.word_bits, centre(layout), first[0].numel())
+        return BankArgument(self.table.data_ptr(), None, 0, 0, 0)
+
+
+def centre(layout: RecordLayout) -> int:
+    """The middle code, which kernels take off before they scale: what is left of the zero rounds the better."""
+    return 1 << (layout.bits - 1) if layout.bits > 1 else 0
