@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels' times beside 16 bits and the peers that are installed: rows in results.csv.
 
-    python benchmarks/kernels.py [--only dense,layers,widths,mixed] [--seconds 0.3] [--note TEXT]
+    python benchmarks/kernels.py [--only dense,layers,widths,ranks,mixed] [--seconds 0.3] [--note TEXT]
 
 What is timed and how is `moepress bench`'s: CUDA graphs, cold L2, uniform routing, medians; the ratios are taken within
 one run. `mixed` has no peer: one layer whose experts have 1, 2, 3 and 4 bits in turn, against the mean of the four
@@ -39,6 +39,8 @@ def problems(part: str) -> Iterator[Problem]:
         yield from (Problem("moe", LAYERS[name], tokens, name=name) for name in NAMES for tokens in TOKENS)
     elif part == "widths":
         yield from (Problem("moe", LAYERS[NAMES[0]], 1, bits=bits, name=NAMES[0]) for bits in (1, 2, 4, 8))
+    elif part == "ranks":
+        yield from (Problem("moe", LAYERS[NAMES[0]], tokens, rank=32, name=NAMES[0]) for tokens in (1, 8, 64, 1024))
 
 
 def figures(rows: list[Row], setting: Setting) -> Iterator[Figure]:
@@ -93,7 +95,7 @@ def mixed(clock: CudaClock, setting: Setting) -> Iterator[Figure]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="dense,layers,widths,mixed")
+    parser.add_argument("--only", default="dense,layers,widths,ranks,mixed")
     parser.add_argument("--seconds", type=float, default=0.3, help="of timing for each contender on each problem")
     parser.add_argument("--note", default="")
     given = parser.parse_args()

@@ -17,8 +17,10 @@ import torch
 
 import moepress.kernels.cuda as package
 from moepress.kernels import banks
+from moepress.kernels.cuda.bank import Factors
 from moepress.kernels.experts.reference import run_experts
 from moepress.kernels.records import RecordLayout, deinterleave, dequantize_records
+from moepress.runtime.experts import BankLayouts
 
 CHECKS_ADDRESSES = True
 """Off for checks that give an operation clones of its arguments."""
@@ -28,14 +30,17 @@ CHECKS_ADDRESSES = True
 class RecordBank:
     records: tuple[torch.Tensor, ...]
     layouts: tuple[RecordLayout, ...]
-    where: tuple[tuple[int, int], ...]
+    where: tuple[tuple[int, int] | None, ...]
     table: torch.Tensor
 
     @classmethod
     def build(
-        cls, records: Sequence[torch.Tensor], layouts: Sequence[RecordLayout], where: Sequence[tuple[int, int]]
+        cls, records: Sequence[torch.Tensor], layouts: Sequence[RecordLayout], where: Sequence[tuple[int, int] | None]
     ) -> RecordBank:
-        table = torch.tensor([cls.row(records, layouts, *place) for place in where], device=records[0].device)
+        for tensor, layout in zip(records, layouts, strict=True):
+            assert tensor.dtype == torch.uint8 and tensor.is_contiguous() and tensor.shape[1:] == layout.shape
+        rows = [cls.row(records, layouts, *place) if place else (0, 0) for place in where]
+        table = torch.tensor(rows, device=records[0].device)
         return cls(tuple(records), tuple(layouts), tuple(where), table)
 
     @staticmethod
@@ -43,11 +48,23 @@ class RecordBank:
         return records[which].data_ptr() + slot * layouts[which].num_bytes, layouts[which].word_bits
 
     def weight(self, expert: int) -> torch.Tensor:
-        which, slot = self.where[expert]
+        which, slot = self.where[expert] or (0, None)
         if CHECKS_ADDRESSES:
-            wanted = list(self.row(self.records, self.layouts, which, slot))
-            assert self.table[expert].tolist() == wanted, "the table points elsewhere"
-        return dequantize_records(self.records[which][slot], self.layouts[which])
+            wanted = (0, 0) if slot is None else self.row(self.records, self.layouts, which, slot)
+            assert self.table[expert].tolist() == list(wanted), "the table points elsewhere"
+        layout = self.layouts[which]
+        if slot is None:
+            return torch.zeros(layout.rows, layout.columns)
+        return dequantize_records(self.records[which][slot], layout)
+
+
+def whole(bank: RecordBank, factors: Factors | None, expert: int) -> torch.Tensor:
+    """One expert's weight with its compensator."""
+    weight = bank.weight(expert)
+    if factors is None:
+        return weight
+    assert len(factors.v.where) == len(factors.u.where) == len(bank.where)
+    return weight + factors.u.weight(expert) @ factors.v.weight(expert)
 
 
 class Kernels(types.ModuleType):
@@ -94,27 +111,32 @@ class Kernels(types.ModuleType):
         gate_up: RecordBank,
         down: RecordBank,
         intermediate: int,
+        gate_up_factors: Factors | None = None,
+        down_factors: Factors | None = None,
     ) -> torch.Tensor:
         self.calls.append("experts")
         assert x.is_contiguous() and x.data_ptr() % 16 == 0 and len(x) and weights.dtype in (torch.float32, x.dtype)
         assert ids.dtype in (torch.int64, torch.int32)
 
         def expert(number: int, tokens: torch.Tensor) -> torch.Tensor:
-            gate, up = deinterleave(gate_up.weight(number), intermediate)
-            return (torch.nn.functional.silu(tokens @ gate.T) * (tokens @ up.T)) @ down.weight(number).T
+            gate, up = deinterleave(whole(gate_up, gate_up_factors, number), intermediate)
+            h = torch.nn.functional.silu(tokens @ gate.T) * (tokens @ up.T)
+            return h @ whole(down, down_factors, number).T
 
         return run_experts(x.float(), ids, weights.float(), len(down.where), expert).to(x.dtype)
 
     def warm(
         self,
         linears: Sequence[Sequence[RecordLayout]],
-        banks: Sequence[tuple[Sequence[RecordLayout], Sequence[RecordLayout], int]],
+        banks: Sequence[BankLayouts],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         assert all(isinstance(each, RecordLayout) for layouts in linears for each in layouts)
-        assert all(isinstance(each, RecordLayout) for gate_up, down, _ in banks for each in (*gate_up, *down))
-        self.warmed.append((len(linears), [top_k for _, _, top_k in banks], dtype, device.type))
+        for gate_up, down, _, *factors in banks:
+            own = gate_up, down, *(layouts for both in factors for layouts in both or ())
+            assert all(isinstance(each, RecordLayout) for layouts in own for each in layouts)
+        self.warmed.append((len(linears), [top_k for _, _, top_k, *_ in banks], dtype, device.type))
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Kernels:

@@ -44,35 +44,65 @@ def test_a_tile_fits_any_experts(bank: choose.Bank, each: float) -> None:
     some_tile_fits(bank, tuple(choose.expert_tiles(bank, each)))
 
 
+@given(
+    rank=st.sampled_from([8, 16, 32, 64, 128, 256]), side=st.integers(1, 4000), bits=st.sampled_from([3, 4, 8]),
+    each=st.floats(0.01, 100_000), is_v=st.booleans(),
+)  # fmt: skip
+def test_a_tile_fits_any_factors(rank: int, side: int, bits: int, each: float, is_v: bool) -> None:
+    shape = (rank, 8 * side) if is_v else (8 * side, rank)
+    tiles = choose.factor_tiles(choose.Bank((RecordLayout(*shape, bits, 64),)), each)
+    some_tile_fits(choose.Bank((RecordLayout(*shape, bits, 64),)), tuple(tiles[:1]))
+    assert not any(tile.scales_after for tile in tiles), "nobody takes the sums of their inputs"
+
+
+@given(bank=banks(), each=st.floats(0.01, 1000), experts=st.integers(1, 512), pairs=tokens, cores=processors)
+def test_splits_cover_all_columns(bank: choose.Bank, each: float, experts: int, pairs: int, cores: int) -> None:
+    tile, records = choose.expert_tiles(bank, each)[0], bank.any.records_per_row_block
+    splits, size = choose.factor_splits(bank, tile, experts, pairs, cores)
+    assert (splits - 1) * size < records <= splits * size and splits <= 16
+    assert splits == 1 or size % tile.column_groups == 0
+
+
 @given(bank=banks(), count=tokens, cores=processors)
 def test_a_tile_fits_any_matrix(bank: choose.Bank, count: int, cores: int) -> None:
     some_tile_fits(bank, tuple(choose.dense_tiles(bank, count, cores)))
 
 
-@given(bank=banks(), rows=st.integers(1, 32), blocks=st.integers(1, 100_000), cores=processors)
-def test_one_token(bank: choose.Bank, rows: int, blocks: int, cores: int) -> None:
-    assert choose.WARPS % choose.gemv_warps(blocks, cores) == 0
-    stages = choose.gemv_stages(bank, rows, 1, AVAILABLE)
-    assert stages in (0, 2, 3, 4)
-    if stages:
-        assert choose.gemv_shared(bank, stages, rows, 1) + choose.RESERVED <= AVAILABLE
-    if stages < 4:
-        more = max(stages + 1, 2)
-        assert choose.gemv_shared(bank, more, rows, 1) + choose.RESERVED > AVAILABLE, "one more would have fitted"
+@given(
+    bank=banks(), count=st.integers(1, 8), slots=st.integers(1, 32), cores=processors,
+    mode=st.sampled_from(["DENSE", "GATE_UP", "DOWN"]), rank=st.sampled_from([0, 8, 32, 128]),
+)  # fmt: skip
+def test_few_tokens(bank: choose.Bank, count: int, slots: int, cores: int, mode: choose.Mode, rank: int) -> None:
+    u, v = RecordLayout(bank.any.rows, max(rank, 8), 4, 64), RecordLayout(max(rank, 8), bank.any.columns, 4, 64)
+    ranks = choose.ranks(v, u) if rank else None
+    teams = choose.gemv_teams(mode, bank, count, slots, cores)
+    assert all(0 < team.warps * team.groups <= choose.WARPS for team in teams)
+    assert teams[0].warps * teams[0].groups == choose.WARPS
+    for team in teams:
+        room = choose.gemv_room(mode, bank, ranks, count, slots, team)
+        stages = room.stages(AVAILABLE)
+        assert stages in (0, 2, 3, 4)
+        assert not stages or room.total(stages) + choose.RESERVED <= AVAILABLE
+        assert stages == 4 or room.total(max(stages + 1, 2)) + choose.RESERVED > AVAILABLE, "one more would have fitted"
 
 
 def test_known_layers() -> None:
     """What was measured: a change of the rules has to measure again."""
+    small = choose.Bank((RecordLayout(2048, 768, 3, 64),))
     gate_up, down = (choose.Bank((RecordLayout(*shape, 3, 64),)) for shape in ((28672, 4096), (4096, 14336)))
     assert choose.expert_tiles(gate_up, 2.0)[0] == choose.expert_tiles(down, 2.0)[0] == choose.Tile(8, 1, 2, 2)
     assert choose.expert_tiles(gate_up, 16.0)[0] == choose.Tile(32, 1, 2, 2)
     assert choose.expert_tiles(gate_up, 64.0)[0] == choose.Tile(96, 2, 2, 1)
     assert choose.expert_tiles(gate_up, 256.0)[0] == choose.Tile(128, 2, 2, 1)
-    small = choose.Bank((RecordLayout(2048, 768, 3, 64),))
     assert choose.expert_tiles(small, 0.5)[0] == choose.Tile(8, 1, 2, 1, blocks=2)
-    assert gate_up.template == "3, 3, 4, 64" and choose.gemv_stages(gate_up, 1, 1, AVAILABLE) == 3
+    assert gate_up.template == "3, 3, 4, 64"
+    team = choose.gemv_teams("GATE_UP", gate_up, 1, 2, 132)[0]
+    assert team == choose.Team(4, 8)
+    assert choose.gemv_room("GATE_UP", gate_up, None, 1, 2, team).stages(AVAILABLE) == 3
     # both operands of Mixtral's down for one token: 57 KB of intermediate beside two records a warp
-    assert choose.gemv_stages(down, 2, 1, AVAILABLE) == 2 and choose.gemv_warps(down.row_blocks, 132) == 8
+    team = choose.gemv_teams("DOWN", down, 1, 2, 132)[0]
+    assert team == choose.Team(8, 4) and choose.gemv_room("DOWN", down, None, 1, 2, team).stages(AVAILABLE) == 2
+    assert choose.gemv_teams("DOWN", small, 8, 8, 132) == [choose.Team(32, 1), choose.Team(24, 1), choose.Team(16, 1)]
     mixed = choose.Bank(tuple(RecordLayout(2048, 768, bits, 64) for bits in (1, 2, 3)))
     assert mixed.template == "0, 4, 4, 64" and mixed.record_bytes == 4 * (128 * 4 + 64)
 
@@ -92,4 +122,4 @@ def test_a_matrix_brings_its_middle_code(bits: int, monkeypatch: pytest.MonkeyPa
     assert (argument.word_bits, argument.centre) == (word, middle)
     turned = RecordBank.build([records], [layout], [(0, 1), (0, 0)])
     assert turned.argument.experts == turned.table.data_ptr() and turned.argument.first is None
-    assert turned.table.tolist() == [[records[slot].data_ptr(), word + (middle << 32)] for slot in (1, 0)]
+    assert turned.table.tolist() == [[records[slot].data_ptr(), word + (middle << 32)] for slot in (1, 0)] + [[0, 0]]

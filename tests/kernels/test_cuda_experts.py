@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -62,11 +62,15 @@ def _defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(registry.OVERRIDE, raising=False)
 
 
-def bank(shape: str, bits: int | str, group_size: int) -> ExpertBank:
-    """On the CPU: random codes, a scale and a zero of its own for each group; widths in turn where they are mixed."""
+def bank(shape: str, bits: int | str, group_size: int, ranks: Sequence[int] = (0,), factor_bits: int = 4) -> ExpertBank:
+    """On the CPU: random codes, a scale and a zero of its own for each group; ranks, and mixed widths, in turn."""
     experts, _, hidden, inner = SHAPES[shape]
     widths = [BITS[e % len(BITS)] if bits == MIXED else int(bits) for e in range(experts)]
-    gate_up = tuple(WeightSpec(bits=b, group_size=group_size) for b in widths)
+    every = [ranks[e % len(ranks)] for e in range(experts)]
+    gate_up = tuple(
+        WeightSpec(bits=b, group_size=group_size, rank=rank, factor_bits=factor_bits if rank else 0)
+        for b, rank in zip(widths, every, strict=True)
+    )
     entry = BankEntry((inner, hidden), (hidden, inner), gate_up, gate_up[::-1])
     made = ExpertBank(entry, torch.nn.functional.silu)
     generator = torch.Generator().manual_seed(6)
@@ -80,7 +84,16 @@ def bank(shape: str, bits: int | str, group_size: int) -> ExpertBank:
                 3.5 / each.in_features**0.5 / full * (0.5 + torch.rand(each.scale.shape, generator=generator))
             )
             each.zero.copy_(full * (0.3 + 0.4 * torch.rand(each.zero.shape, generator=generator)))
+            for name, columns in (("u", each.spec.rank), ("v", each.in_features)) if each.spec.rank else ():
+                fill_factor(each, name, columns, generator)
     return made
+
+
+def fill_factor(parts: StoredParts, name: str, columns: int, generator: torch.Generator) -> None:
+    """Random codes, with scales that make the compensator about as large as the weight."""
+    packed, scale = getattr(parts, f"{name}_packed"), getattr(parts, f"{name}_scale")
+    packed.copy_(torch.randint(0, 256, packed.shape, generator=generator, dtype=torch.uint8))
+    scale.copy_(3.5 * (0.5 + torch.rand(scale.shape, generator=generator)) / columns**0.5 / 2**parts.spec.factor_bits)
 
 
 def dense(made: ExpertBank, dtype: torch.dtype) -> Callable[[int, torch.Tensor], torch.Tensor]:
@@ -128,6 +141,27 @@ def test_against_float64(shape: str, bits: int | str, group_size: int, dtype: to
                 assert torch.equal(made(x, ids, weights), y), f"{what}: not bitwise repeatable"
                 assert torch.equal(made(x, ids.int(), weights), y), f"{what}: ids as int32"
                 check(made(x, ids, weights.float()), truth, run_experts(x, ids, weights, len(made), rounded), what)
+    assert made.is_packed
+
+
+@pytest.mark.parametrize(
+    ("bits", "ranks", "factor_bits", "dtype"),
+    [(3, (32,), 4, torch.bfloat16), (2, (0, 16, 64), 3, torch.float16), (MIXED, (8, 0), 8, torch.bfloat16)],
+)
+def test_compensators_against_float64(
+    bits: int | str, ranks: tuple[int, ...], factor_bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(registry.OVERRIDE, "cuda")  # or another implementation could run in the kernels' place
+    made = bank("wide", bits, 64, ranks, factor_bits).cuda()
+    exact, rounded = dense(made, torch.float64), dense(made, dtype)
+    with torch.no_grad():
+        for tokens in TOKENS:
+            for routing in ("usual", "half to nobody"):
+                x, ids, weights = routed("wide", tokens, routing, dtype)
+                y, what = made(x, ids, weights), f"{tokens} tokens, {routing}"
+                truth = run_experts(x.double(), ids, weights.double(), len(made), exact)
+                check(y, truth, run_experts(x, ids, weights, len(made), rounded), what)
+                assert torch.equal(made(x, ids, weights), y), f"{what}: not bitwise repeatable"
     assert made.is_packed
 
 
@@ -214,13 +248,13 @@ def test_compiled_code_keeps_the_kernels(mode: str) -> None:
             assert (y - wanted).norm() <= 0.02 * wanted.norm()
 
 
-def test_a_bank_with_compensators_runs_the_reference_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bank_with_compensators_of_16_bits_runs_the_reference_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_warned", set())
     specs = (WeightSpec(bits=3, group_size=64, rank=2, factor_bits=16), WeightSpec(bits=3, group_size=64))
     made = ExpertBank(BankEntry((72, 64), (64, 72), specs, specs), torch.nn.functional.silu).cuda()
     for buffer in made.buffers():
         buffer.zero_()
     x, ids = torch.ones(2, 64, device="cuda").bfloat16(), torch.zeros(2, 1, dtype=torch.long, device="cuda")
-    with torch.no_grad(), pytest.warns(UserWarning, match="compensators of experts have no kernel yet"):
+    with torch.no_grad(), pytest.warns(UserWarning, match="factors of 16 bits have no records"):
         made(x, ids, torch.ones(2, 1, device="cuda").bfloat16())
     assert not made.is_packed

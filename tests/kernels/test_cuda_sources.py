@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from moepress.format.spec import BITS
-from moepress.kernels.cuda import choose, compiler
+from moepress.kernels.cuda import compiler
 from moepress.kernels.cuda.compiler import Request
 from moepress.kernels.records import RecordLayout
 
@@ -19,29 +20,34 @@ COLUMNS = {4: 512, 2: 384, 1: 192}
 """Columns of a matrix whose records have so many units."""
 
 
-def cases() -> Iterator[tuple[str, choose.Bank, torch.dtype]]:
-    """Each width in some mode and dtype; each group size with each record width; mixed banks; long and short rows."""
-    modes = ("DENSE", "GATE_UP", "DOWN")
+def cases() -> Iterator[tuple[str, str]]:
+    """Each width in some mode and dtype; each group size with each record width; mixed banks; long and short rows;
+    compensators."""
+    from moepress.kernels.cuda import run
+
+    bf16, fp16 = (run._Instances(dtype, 132, 227 * 1024) for dtype in (torch.bfloat16, torch.float16))
     for i, bits in enumerate(BITS):
-        yield modes[i % 3], choose.Bank((RecordLayout(64, 2048, bits, 64),)), (torch.bfloat16, torch.float16)[i % 2]
-    for i, (units, columns) in enumerate(COLUMNS.items()):
-        for j, group_size in enumerate((32, 64, 128)):
-            layout = RecordLayout(64, columns, 3, group_size)
-            assert layout.units == units
-            yield modes[(i + j) % 3], choose.Bank((layout,)), torch.bfloat16
-    for most, mode in ((4, "GATE_UP"), (8, "DOWN")):
-        yield mode, choose.Bank(tuple(RecordLayout(64, 512, bits, 64) for bits in (1, 3, most))), torch.bfloat16
+        instances, layouts = (bf16, fp16)[i % 2], [RecordLayout(64, 2048, bits, 64)]
+        yield from instances.experts(layouts, layouts, 2) if i % 3 else instances.linear(layouts)
+    for units, columns in COLUMNS.items():
+        layouts = [[RecordLayout(64, columns, 3, group_size)] for group_size in (32, 64, 128)]
+        assert layouts[0][0].units == units
+        yield from bf16.linear(layouts[0])
+        yield from bf16.experts(layouts[1], layouts[2], 2)
+    for most in (4, 8):
+        layouts = [RecordLayout(64, 512, bits, 64) for bits in (1, 3, most)]
+        yield from bf16.experts(layouts, layouts, 2)
+    for instances, bits, rank in ((bf16, 3, 32), (fp16, 8, 128), (bf16, 8, 64), (fp16, 4, 8)):
+        factors = [RecordLayout(rank, 2048, bits, 64)], [RecordLayout(64, rank, bits, 64)]
+        layouts = [RecordLayout(64, 2048, 3, 64)]
+        yield from instances.experts(layouts, layouts, 2, factors, factors)
 
 
 def test_kernels_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moepress.kernels.cuda import run
-
     monkeypatch.setenv("MOEPRESS_CACHE", str(tmp_path))
-    requests = {Request("route.cu", "sort_pairs", "sm_90a"), Request("route.cu", "combine<false>", "sm_90a")}
-    for mode, bank, dtype in cases():
-        for source, instance in run._instances(mode, bank, dtype, 2, 132):
-            requests.add(Request(source, instance, "sm_90a"))
-            if source == "gemv.cu":  # what the decode body needs is there from Ampere on
-                requests |= {Request(source, instance, arch) for arch in ("sm_80", "sm_89")}
+    requests = {Request(source, instance, "sm_90a") for source, instance in cases()}
+    # what the decode body needs is there from Ampere on
+    decode = [each for each in requests if each.source == "gemv.cu"]
+    requests |= {replace(each, arch=arch) for each in decode for arch in ("sm_80", "sm_89")}
     done = compiler.warm(sorted(requests, key=str))
     assert done.compiled == len(requests) > 100 and done.cached == 0

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moepress.errors import KernelError
+from moepress.format.spec import WeightSpec
 from moepress.kernels import registry
 from moepress.kernels.banks import describe, parse
 from moepress.kernels.problem import EXPERTS, LINEAR, Problem
@@ -27,6 +28,10 @@ layouts = st.builds(
     bits=st.sampled_from((1, 2, 3, 4, 5, 6, 8)),
     group_size=st.sampled_from((32, 64, 128)),
 )
+
+
+def ranked(rank: int, factor_bits: int = 4) -> WeightSpec:
+    return WeightSpec(bits=3, rank=rank, factor_bits=factor_bits)
 
 
 def problem(op: str = LINEAR, device: torch.device = CPU, **others: object) -> Problem:
@@ -79,7 +84,12 @@ def test_where_there_are_kernels_they_run(op: str, kernels: Kernels) -> None:
         (problem(dtype=torch.float32), "inputs are torch.float32"),
         (problem(layouts=(RecordLayout(8, 36, 3, 32),)), "36 inputs are no multiple of 8"),
         (problem(offloaded=True), "its weights are offloaded"),
-        (problem(EXPERTS, rank=4), "compensators of experts have no kernel yet"),
+        (
+            problem(EXPERTS, layouts=(RecordLayout(48, 72, 3, 64),), compensated=(ranked(8),)),
+            r"compensators of experts run from records alone \(gate and up: the scales of v .*, not 72\)",
+        ),
+        (problem(EXPERTS, compensated_down=(ranked(8, 16),)), r"\(down: factors of 16 bits have no records\)"),
+        (problem(EXPERTS, compensated=(ranked(8), ranked(8, 3))), r"\(gate and up: .* several widths: 3, 4 bits\)"),
         (problem(EXPERTS, experts=513), "at most 512 experts a layer, not 513"),
         (problem(EXPERTS, activation="gelu"), "the activation is gelu"),
         (problem(EXPERTS, offloaded=True), "its weights are offloaded"),
@@ -99,10 +109,12 @@ def test_reasons_on_a_gpu_are_said_once(asked: Problem, reason: str, kernels: Ke
         assert select(on_gpu) == REFERENCE
 
 
-def test_different_widths_and_a_linear_with_a_compensator_are_no_obstacle(kernels: Kernels) -> None:
+def test_different_widths_and_compensators_are_no_obstacle(kernels: Kernels) -> None:
     mixed = tuple(RecordLayout(48, 64, bits, 64) for bits in (1, 2, 3, 4, 5, 6, 8))
     assert select(problem(EXPERTS, GPU, layouts=mixed, down=mixed[:2])) == CUDA
-    assert select(problem(LINEAR, GPU, rank=9)) == CUDA
+    assert select(problem(LINEAR, GPU, compensated=(ranked(9, 16),))) == CUDA
+    ranks = {"compensated": (ranked(8), ranked(21)), "compensated_down": (ranked(32, 8),)}
+    assert select(problem(EXPERTS, GPU, **ranks)) == CUDA
 
 
 @given(reasons=st.lists(st.one_of(st.none(), st.text("abc ", min_size=1)), min_size=1, max_size=6))
@@ -141,17 +153,19 @@ def test_an_override_that_cannot_run_says_why(value: str, words: str, monkeypatc
 
 def test_problems_are_values() -> None:
     assert problem() == problem() and hash(problem()) == hash(problem())
-    assert problem() != problem(rank=1)
+    assert problem() != problem(compensated=(ranked(1),))
 
 
 @given(layouts=st.lists(layouts, min_size=1, max_size=5), data=st.data())
 def test_the_string_of_a_bank_says_all_of_it(layouts: list[RecordLayout], data: st.DataObject) -> None:
-    places = st.tuples(st.integers(0, len(layouts) - 1), st.integers(0, 999))
+    places = st.one_of(st.none(), st.tuples(st.integers(0, len(layouts) - 1), st.integers(0, 999)))
     where = tuple(data.draw(st.lists(places, min_size=1, max_size=9)))
     assert parse(describe(layouts, where)) == (tuple(layouts), where)
 
 
-@pytest.mark.parametrize("text", ["", "32x64b3|0.0", "32x64b7g64|0.0", "32x64b3g64|0", "32x64b3g64|a.b"])
+@pytest.mark.parametrize(
+    "text", ["", "32x64b3|0.0", "32x64b7g64|0.0", "32x64b3g64|0", "32x64b3g64|a.b", "32x64b3g64|--"]
+)
 def test_other_strings_are_refused(text: str) -> None:
     with pytest.raises(KernelError, match="does not describe records"):
         parse(text)

@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 NOT_HERE = linear.why_not(CPU, torch.float32, 3)
 INTERPRETED = NOT_HERE is None
 GPU = torch.device("cuda", 0)
-NO_GPU = linear.why_not(GPU, torch.float32, 3) if torch.cuda.is_available() else "no CUDA device here"
+NO_GPU = linear.why_not(GPU, torch.float16, 3) if torch.cuda.is_available() else "no CUDA device here"
 ON_CPU = pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason=f"needs TRITON_INTERPRET=1: {NOT_HERE}"))
 ON_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))])
 on_devices = pytest.mark.parametrize("device", [ON_CPU, ON_GPU])
@@ -74,6 +74,13 @@ def _bf16_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
+
+
+@pytest.fixture(autouse=True)
+def _a_gpu_takes_16_bits(request: pytest.FixtureRequest) -> None:
+    chosen = getattr(getattr(request.node, "callspec", None), "params", {})
+    if chosen.get("device") == "cuda" and chosen.get("dtype") == torch.float32:
+        pytest.skip("on a GPU the Triton kernels take 16-bit types")
 
 
 @pytest.fixture(autouse=True)

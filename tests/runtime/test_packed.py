@@ -24,18 +24,22 @@ from moepress.format.packing import pack_codes
 from moepress.format.spec import BITS, GROUP_SIZES, WeightSpec
 from moepress.format.weight import dequantize
 from moepress.kernels import registry
+from moepress.kernels.banks import factor_arguments
 from moepress.kernels.experts.cuda import experts_op
+from moepress.kernels.factors import FactorShape
 from moepress.kernels.linear.cuda import linear_op
 from moepress.kernels.linear.reference import compressed_linear
 from moepress.runtime.experts import ExpertBank
 from moepress.runtime.linear import CompressedLinear
-from moepress.runtime.packable import Packable
+from moepress.runtime.packable import MADE, Packable
 from moepress.runtime.stored import BASE, StoredParts
 from stand_in import Kernels, stand_in
-from tiny import NATIVE, read_all, tokens
+from tiny import EXPERTS, NATIVE, read_all, tokens
 
 PLAIN = [WeightSpec(bits=bits, group_size=32) for bits in BITS]
-RANKED = [WeightSpec(bits=3, group_size=64, rank=4, factor_bits=3), WeightSpec(bits=2, group_size=32)]
+NO_RECORDS = [WeightSpec(bits=3, group_size=32, rank=4, factor_bits=3), PLAIN[2]]
+RANKS = (0, 16, 8, 0, 64, 20, 16)
+"""Of seven experts' compensators; the second and the last have one spec, and so one bucket."""
 specs = st.builds(
     WeightSpec, bits=st.sampled_from(BITS), group_size=st.sampled_from(GROUP_SIZES),
     rank=st.sampled_from((0, 0, 3)), factor_bits=st.just(0),
@@ -80,6 +84,23 @@ def mixed() -> ExpertBank:
     return bank(PLAIN, PLAIN[::-1])
 
 
+def compensated() -> ExpertBank:
+    """Two widths, and ranks in another order down than up, some of them 0."""
+    gate_up = [spec_of(3 if rank == 16 else 2, 32, rank) for rank in RANKS]
+    down = [spec_of(4 if rank else 3, 32, rank) for rank in RANKS[::-1]]
+    return weaker(bank(gate_up, down, inner=64, hidden=128))
+
+
+def weaker(module: Any) -> Any:
+    """With factors that do not drown what they are added to."""
+    for each in module.modules():
+        if isinstance(each, StoredParts):
+            for part in each.factors().values():
+                if part.dtype == torch.float16:
+                    part.mul_(0.04 * (8 / each.spec.rank) ** 0.5)
+    return module
+
+
 def contents(module: torch.nn.Module) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
     return {
         name: (t.dtype, tuple(t.shape), t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -87,11 +108,21 @@ def contents(module: torch.nn.Module) -> dict[str, tuple[torch.dtype, tuple[int,
     }
 
 
-def routed(count: int = 5, experts: int = 7, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
+def routed(
+    count: int = 5, experts: int = 7, dtype: torch.dtype = torch.bfloat16, hidden: int = 72
+) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(3)
     scores = torch.rand(count, experts, generator=generator)
     top = scores.topk(2, dim=1)
-    return torch.randn(count, 72, generator=generator).to(dtype), top.indices, torch.softmax(top.values, 1).to(dtype)
+    x = torch.randn(count, hidden, generator=generator).to(dtype)
+    return x, top.indices, torch.softmax(top.values, 1).to(dtype)
+
+
+def inputs_of(layer: Packable, **others: Any) -> tuple[torch.Tensor, ...]:
+    """What `layer` takes: x and, for a bank, the routing."""
+    if isinstance(layer, ExpertBank):
+        return routed(hidden=layer.gate[next(iter(layer.gate))].in_features, **others)
+    return routed(**others)[:1]
 
 
 @pytest.fixture
@@ -169,7 +200,7 @@ def test_packing_inside_inference_mode_leaves_ordinary_tensors() -> None:
 # ---------------------------------------------------------------------------------------------- moves, loads, copies
 
 
-@pytest.mark.parametrize("make", [linear, mixed])
+@pytest.mark.parametrize("make", [linear, mixed, compensated])
 def test_casts_never_round_a_packed_layer(make: Callable[[], Packable]) -> None:
     layer = make()
     stored = {name: value for name, value in contents(layer).items() if name != "bias"}
@@ -180,7 +211,7 @@ def test_casts_never_round_a_packed_layer(make: Callable[[], Packable]) -> None:
         assert {name: value for name, value in contents(layer).items() if name != "bias"} == stored
 
 
-@pytest.mark.parametrize("make", [linear, mixed])
+@pytest.mark.parametrize("make", [linear, mixed, compensated])
 def test_loading_a_state_dict_unpacks(make: Callable[[], Packable]) -> None:
     layer, other = make(), fill(make(), seed=5)
     assert contents(layer) != contents(other)
@@ -200,12 +231,11 @@ def test_loading_into_a_part_of_a_packed_bank_is_refused() -> None:
         made.gate.load_state_dict(state)
 
 
-@pytest.mark.parametrize("make", [linear, mixed])
+@pytest.mark.parametrize("make", [linear, mixed, compensated])
 @pytest.mark.parametrize("pickled", [True, False])
 def test_a_copy_makes_its_own_tables(make: Callable[[], Packable], pickled: bool, kernels: Kernels) -> None:
     layer = make()
-    x = routed()
-    arguments = x if isinstance(layer, ExpertBank) else x[:1]
+    arguments = inputs_of(layer)
     with torch.no_grad():
         y = layer(*arguments)
         if pickled:
@@ -234,7 +264,7 @@ def test_without_a_gpu_nothing_is_packed() -> None:
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (3,), (2, 3), (0,)])
-@pytest.mark.parametrize("spec", [PLAIN[2], RANKED[0]], ids=lambda spec: spec.tag)
+@pytest.mark.parametrize("spec", [PLAIN[2], NO_RECORDS[0]], ids=lambda spec: spec.tag)
 def test_a_linear_runs_on_the_kernel(lead: tuple[int, ...], spec: WeightSpec, kernels: Kernels) -> None:
     layer = linear(spec)
     x = torch.randn(*lead, 72, generator=torch.Generator().manual_seed(0))
@@ -248,7 +278,7 @@ def test_a_linear_runs_on_the_kernel(lead: tuple[int, ...], spec: WeightSpec, ke
 
 @pytest.mark.parametrize(
     ("rank", "bits", "calls"),
-    [(16, 4, 3), (64, 3, 3), (16, 16, 1), (24, 4, 1)],
+    [(16, 4, 3), (64, 3, 3), (16, 16, 1), (24, 4, 3)],
     ids=["r16f4", "r64f3", "16 bits", "odd"],
 )
 def test_compensators_run_on_the_kernel_too(rank: int, bits: int, calls: int, kernels: Kernels) -> None:
@@ -331,7 +361,72 @@ def test_a_mixed_bank_runs_on_the_kernels(kernels: Kernels) -> None:
     assert made(x[:0], ids[:0], weights[:0]).shape == (0, 72)
 
 
-@pytest.mark.parametrize("gate_up", [RANKED, [PLAIN[2], WeightSpec(bits=3, group_size=64)]], ids=["rank", "groups"])
+def test_a_compensated_bank_runs_on_the_kernels(kernels: Kernels) -> None:
+    made = compensated()
+    before, plain = contents(made), compensated()
+    x, ids, weights = routed(40, hidden=128)
+    assert set(ids.flatten().tolist()) == set(range(7))
+    ids[2, 1] = -1
+    with torch.no_grad():
+        wanted = made(x.float(), ids, weights)
+        found = made(x, ids, weights)
+        for each in plain.modules():
+            if isinstance(each, StoredParts):
+                for name, part in each.factors().items():
+                    part.zero_() if name.endswith("scale") else None
+        without = plain(x.float(), ids, weights)
+    assert made.is_packed and kernels.calls == ["experts"]
+    error, part = (found - wanted).norm() / wanted.norm(), (without - wanted).norm() / wanted.norm()
+    assert error < 0.01 and part > 10 * error, f"error {error:.3g}, and {part:.3g} without compensators"
+    assert contents(made) == before and list(contents(made)) == list(before)
+    names = {name for name, _ in made.named_buffers() if name.endswith(MADE)}
+    assert names == {f"{side}_{name}" for side in ("gate_up", "down") for name in MADE}
+    assert made.gate_up_v_records.shape[0] == made.down_u_records.shape[0] == 5  # experts that have one
+
+
+@pytest.mark.parametrize("side", ["gate_up", "down"])
+def test_one_side_may_have_compensators_alone(side: str, kernels: Kernels) -> None:
+    plain, ranked = [spec_of(3, 32, 0)] * 4, [spec_of(3, 32, 16)] * 4
+    made = weaker(bank(*((ranked, plain) if side == "gate_up" else (plain, ranked)), inner=64, hidden=128))
+    arguments = routed(experts=4, hidden=128)
+    with torch.no_grad():
+        wanted = made(*(each.float() if each.is_floating_point() else each for each in arguments))
+        found = made(*arguments)
+    assert kernels.calls == ["experts"] and (found - wanted).norm() < 0.01 * wanted.norm()
+    assert {name for name, _ in made.named_buffers() if name.endswith("_records")} == {
+        f"{side}_v_records", f"{side}_u_records"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [compensated])
+def test_factors_in_records_go_with_the_tables(make: Callable[[], Packable], kernels: Kernels) -> None:
+    """Unpacked, loaded into or moved, a layer has none, and makes them of what it then holds."""
+    layer, other = make(), weaker(fill(make(), seed=5))
+    arguments = inputs_of(layer)
+    with torch.no_grad():
+        first, second = layer(*arguments), other(*arguments)
+        layer.load_state_dict(other.state_dict())
+        assert not layer.is_packed and not any(name.endswith(MADE) for name, _ in layer.named_buffers())
+        assert torch.equal(layer(*arguments), second) and not torch.equal(first, second)
+        layer.unpack()
+        assert not any(name.endswith(MADE) for name, _ in layer.named_buffers())
+        assert torch.equal(layer(*arguments), second)
+
+
+def test_a_bank_that_could_not_be_finished_is_made_again(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, arguments = compensated(), routed(hidden=128)
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(FactorShape, "pack", lambda *_: torch.empty(1 << 60))
+        with pytest.raises(RuntimeError):
+            made(*arguments)
+    assert not made.banks() and not made.factor_banks()
+    with torch.no_grad():
+        assert torch.equal(made(*arguments), compensated()(*arguments))
+
+
+@pytest.mark.parametrize(
+    "gate_up", [NO_RECORDS, [PLAIN[2], WeightSpec(bits=3, group_size=64)]], ids=["factors", "groups"]
+)
 def test_banks_without_a_kernel_stay_as_they_are(gate_up: list[WeightSpec], kernels: Kernels) -> None:
     made = bank(gate_up, [PLAIN[2]] * 2)
     with torch.no_grad():
@@ -350,12 +445,15 @@ def test_a_packed_layer_that_gets_float32_runs_the_reference(kernels: Kernels) -
     assert kernels.calls == ["linear", "experts"]
 
 
-def test_a_move_makes_new_tables(kernels: Kernels) -> None:
-    layer = linear()
+@pytest.mark.parametrize("make", [linear, mixed, compensated])
+def test_a_move_makes_new_tables(make: Callable[[], Packable], kernels: Kernels) -> None:
+    layer = make()
+    arguments = inputs_of(layer)
     with torch.no_grad():
-        y = layer(routed()[0])
+        y = layer(*arguments)
         layer._apply(torch.clone)  # as .to() does: the records lie elsewhere
-        assert torch.equal(layer(routed()[0]), y)
+        assert not any(name.endswith(MADE) for name, _ in layer.named_buffers())
+        assert torch.equal(layer(*arguments), y)
 
 
 def test_the_override_holds_for_layers(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,11 +482,11 @@ def test_offloaded_layers_are_not_packed(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("make", [linear, mixed])
+@pytest.mark.parametrize("make", [linear, mixed, compensated])
 def test_compiled_code_keeps_the_operation_whole(make: Callable[[], Packable], backend: str, kernels: Kernels) -> None:
     torch._dynamo.reset()
-    layer, given_ = make().bfloat16(), routed()
-    arguments = given_ if isinstance(layer, ExpertBank) else given_[:1]
+    layer = make().bfloat16()
+    arguments = inputs_of(layer)
     layer.settle(torch.bfloat16, 2 if isinstance(layer, ExpertBank) else 1)
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     with torch.no_grad():
@@ -396,11 +494,11 @@ def test_compiled_code_keeps_the_operation_whole(make: Callable[[], Packable], b
         assert torch.equal(compiled(*(tensor[:3] for tensor in arguments)), layer(*(t[:3] for t in arguments)))
 
 
-@pytest.mark.parametrize("make", [linear, mixed])
+@pytest.mark.parametrize("make", [linear, mixed, compensated])
 def test_compiled_code_on_the_cpu_needs_no_settling(make: Callable[[], Packable]) -> None:
     torch._dynamo.reset()
-    layer, x = make(), routed(dtype=torch.float32)
-    arguments = x if isinstance(layer, ExpertBank) else x[:1]
+    layer = make()
+    arguments = inputs_of(layer, dtype=torch.float32)
     compiled = torch.compile(layer, backend="eager", fullgraph=isinstance(layer, CompressedLinear))
     with torch.no_grad():
         torch.testing.assert_close(compiled(*arguments), layer(*arguments))
@@ -413,11 +511,18 @@ def test_the_operations_are_what_torch_expects(kernels: Kernels, monkeypatch: py
     made.settle(torch.bfloat16, 2)
     x, ids, weights = routed()
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    (own,), banks = layer.banks(), made.banks()
+    (own,), banks, no_factors = layer.banks(), made.banks(), ([], "")
     for bias in (None, layer.bias):
         torch.library.opcheck(linear_op, (x, *own[:3], bias, 24), test_utils=checks)
     torch.library.opcheck(
-        experts_op, (x, ids, weights, *banks[0][:3], *banks[1][:3], made.intermediate), test_utils=checks
+        experts_op, (x, ids, weights, *banks[0][:3], *banks[1][:3], made.intermediate, *no_factors, *no_factors),
+        test_utils=checks,
+    )  # fmt: skip
+    ranked, arguments = compensated(), routed(hidden=128)
+    ranked.settle(torch.bfloat16, 2)
+    banks, factors = ranked.banks(), [each for both in ranked.factor_banks() for each in factor_arguments(both)]
+    torch.library.opcheck(
+        experts_op, (*arguments, *banks[0][:3], *banks[1][:3], ranked.intermediate, *factors), test_utils=checks
     )
 
 
@@ -436,7 +541,8 @@ def test_without_gradients_calls_go_past_the_operation(kernels: Kernels, monkeyp
 def test_a_backward_pass_says_that_there_is_none(kernels: Kernels) -> None:
     x, ids, weights = routed()
     x.requires_grad_()
-    for y in (linear().bfloat16()(x), mixed().bfloat16()(x, ids, weights)):
+    wide = routed(hidden=128)[0].requires_grad_()
+    for y in (linear()(x), mixed()(x, ids, weights), compensated()(wide, ids, weights)):
         with pytest.raises(KernelError, match=r"no gradients: call the model under torch.no_grad\(\), or"):
             y.sum().backward()
 
@@ -486,6 +592,27 @@ def test_a_model_where_there_are_kernels(pressed: Callable[..., Path], family: s
     assert new.shape == (2, 13) and all(layer.is_packed for layer in layers_of(model))
 
 
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_a_model_with_compensators_where_there_are_kernels(
+    pressed: Callable[..., Path], tmp_path: Path, family: str, kernels: Kernels
+) -> None:
+    folder = pressed(family, method="milo", group_size=32, ranks="dense-8+sparse-16", iterations=0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert all(layer.is_packed for layer in layers_of(model)) and model.hf_quantizer.is_compileable
+    bank = next(layer for layer in layers_of(model) if isinstance(layer, ExpertBank))
+    assert bank.gate_up_u_records.shape[0] == bank.down_v_records.shape[0] == EXPERTS
+    with torch.no_grad():
+        found = model(tokens()).logits.float()
+        exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens()).logits
+    assert "experts" in kernels.calls and (found - exact).norm() < 0.05 * exact.norm()
+    model.save_pretrained(tmp_path / "again")
+    before, after = read_all(folder), read_all(tmp_path / "again")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    moepress.warmup(model)
+    (warmed,) = kernels.warmed
+    assert warmed[1:] == ([2], torch.bfloat16, "cpu")
+
+
 def test_warmup_packs_and_compiles(
     pressed: Callable[..., Path], kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -509,7 +636,8 @@ def test_warmup_packs_and_compiles(
     ({"method": "rtn", "keep": ("expert",)}, False),
     ({"method": "rtn", "keep": ("attn",)}, True),
     ({"method": "milo", "ranks": "dense-4", "iterations": 0}, True),
-    ({"method": "milo", "ranks": "sparse-2", "iterations": 0}, False),
+    ({"method": "milo", "ranks": "sparse-2", "iterations": 0}, True),
+    ({"method": "milo", "ranks": "sparse-2", "iterations": 0, "factor_bits": 16}, False),
 ])  # fmt: skip
 def test_generate_may_compile_where_no_expert_needs_a_loop(
     pressed: Callable[..., Path], chosen: dict[str, Any], compileable: bool, kernels: Kernels

@@ -22,11 +22,12 @@ from moepress.format.spec import WeightSpec
 from moepress.format.weight import Parts, dequantize_factors
 from moepress.kernels import problem as kernels
 from moepress.kernels import registry
-from moepress.kernels.banks import Weights, describe
+from moepress.kernels.banks import FactorWeights, Weights, describe
 from moepress.kernels.experts.cuda import packed_experts
+from moepress.kernels.factors import FactorShape
 from moepress.kernels.linear.cuda import packed_linear
-from moepress.kernels.linear.factors import factor_layouts, pack_factors, why_not_records
 from moepress.kernels.records import TILE_ROWS, RecordLayout, deinterleave, dequantize_records, interleaved_rows
+from moepress.runtime.experts import BankLayouts
 
 FACTOR_BITS = 3
 """Of a compensator, as `moepress compress` stores it by default."""
@@ -54,36 +55,47 @@ class Moepress(Contender):
 
         for dtype in {problem.torch_dtype for problem in problems}:
             own = [problem for problem in problems if problem.torch_dtype == dtype]
-            banks = {(*((each,) for each in layouts_of(problem)), problem.shape[1]) for problem in own if problem.moe}
+            banks = {bank_layouts(problem) for problem in own if problem.moe}
             run.warm(list({layouts_of(problem) for problem in own if not problem.moe}), list(banks), dtype, device)
 
     def prepare(self, problem: Problem, copies: int, seed: int, device: torch.device) -> list[Call]:
         draw = problem.draw(seed, device)
         calls: list[Call] = []
         for copy in range(copies):
-            banks = [make_bank(problem, matrix, seed, copy, device) for matrix in range(len(layouts_of(problem)))]
+            matrices = range(len(layouts_of(problem)))
+            banks = [make_bank(problem, matrix, seed, copy, device) for matrix in matrices]
+            factors = [factor_banks(problem, matrix, seed, copy, device) for matrix in matrices]
             if problem.moe:
-                calls.append(partial(_experts, draw, *banks, problem.shape[3]))
+                calls.append(partial(_experts, draw, *banks, problem.shape[3], *factors))
             else:
-                factors = factor_banks(problem, random_factors(problem, seed, copy, device))
-                calls.append(partial(packed_linear, draw.x, *banks, spec_of(problem), factors, problem.shape[0]))
+                stored = {name: part[0] for name, part in random_factors(problem, 0, seed, copy, device).items()}
+                either = factors[0] or stored
+                calls.append(partial(packed_linear, draw.x, *banks, spec_of(problem), either, problem.shape[0]))
         return calls
 
     def reference(self, problem: Problem, seed: int, device: torch.device) -> torch.Tensor:
         draw, layouts = problem.draw(seed, device), layouts_of(problem)
         records = [random_records(problem, matrix, seed, 0, device) for matrix in range(len(layouts))]
+        factors = [random_factors(problem, each, seed, 0, device) for each in range(len(problem.matrices))]
 
         def weight(matrix: int, expert: int) -> torch.Tensor:
             return dequantize_records(records[matrix][expert], layouts[matrix])
 
-        if problem.moe:
-            rows = problem.shape[3]
-            return moe_reference(draw, lambda e: torch.cat(deinterleave(weight(0, e), rows)), lambda e: weight(1, e))
-        whole = weight(0, 0)
-        if problem.rank:
-            u, v = dequantize_factors(random_factors(problem, seed, 0, device), spec_of(problem), *problem.shape)
-            whole = whole + u @ v
-        return dense_reference(draw, whole)
+        def compensator(each: int, expert: int) -> torch.Tensor | float:
+            if not problem.rank:
+                return 0.0
+            parts = {name: part[expert] for name, part in factors[each].items()}
+            u, v = dequantize_factors(parts, spec_of(problem), *problem.matrices[each])
+            return u @ v
+
+        if not problem.moe:
+            return dense_reference(draw, weight(0, 0) + compensator(0, 0))
+
+        def gate_up(expert: int) -> torch.Tensor:
+            halves = deinterleave(weight(0, expert), problem.shape[3])
+            return torch.cat([half + compensator(each, expert) for each, half in enumerate(halves)])
+
+        return moe_reference(draw, gate_up, lambda expert: weight(1, expert) + compensator(2, expert))
 
 
 def explain(problem: Problem) -> list[registry.Choice]:
@@ -94,8 +106,10 @@ def explain(problem: Problem) -> list[registry.Choice]:
         return [registry.Choice(f"moepress {registry.CUDA}", False, str(error))]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     op, top_k = (kernels.EXPERTS, problem.shape[1]) if problem.moe else (kernels.LINEAR, 1)
-    dtype, rank, experts = problem.torch_dtype, problem.rank, problem.experts
-    asked = kernels.Problem(op, device, dtype, layouts[:1], layouts[1:], rank, experts, top_k)
+    compensated = (spec_of(problem),) if problem.rank else ()
+    asked = kernels.Problem(
+        op, device, problem.torch_dtype, layouts[:1], layouts[1:], compensated, compensated, problem.experts, top_k
+    )
     return [dataclasses.replace(each, name=f"moepress {each.name}") for each in registry.explain(asked)]
 
 
@@ -142,34 +156,58 @@ def random_records(problem: Problem, matrix: int, seed: int, copy: int, device: 
     return records
 
 
-def random_factors(problem: Problem, seed: int, copy: int, device: torch.device) -> Parts:
-    """Stored parts of a dense weight's compensator, with u v about as large as the weight."""
-    generator, spec = seeded((seed, copy, 2, 0), device), spec_of(problem)
+def random_factors(problem: Problem, each: int, seed: int, copy: int, device: torch.device) -> Parts:
+    """Stored parts [E, ...] of the compensators of one of `problem.matrices`, with u v about as large as the weight."""
+    generator, spec = seeded((seed, copy, 2 + each, 0), device), spec_of(problem)
     parts = {}
-    for name, (dtype, shape) in spec.parts(*problem.shape[:2]).items():
+    for name, (dtype, shape) in spec.parts(*problem.matrices[each]).items():
         if name.startswith(("u", "v")):
-            part = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8, device=device)
+            lead = problem.experts, *shape
+            part = torch.randint(0, 256, lead, generator=generator, dtype=torch.uint8, device=device)
             size = (STD / problem.rank**0.5) ** 0.5 / 2.3  # 2.3 is the standard deviation of a 3-bit code
-            parts[name] = part if dtype == "U8" else torch.full(shape, size, dtype=torch.float16, device=device)
+            parts[name] = part if dtype == "U8" else torch.full(lead, size, dtype=torch.float16, device=device)
     return parts
 
 
-def factor_banks(problem: Problem, parts: Parts) -> Parts | tuple[Weights, Weights]:
-    """The factors of v and u as a packed layer has them: in records, or as stored where they have none."""
+def factor_shapes(problem: Problem) -> tuple[FactorShape | None, ...]:
+    """Of the compensators of each of `layouts_of`; None where there are none, or none in records."""
+    spec = spec_of(problem)
+    if not problem.moe:
+        return (FactorShape.of((spec,), *problem.matrices[0]),)
+    gate, _, down = problem.matrices
+    return FactorShape.of((spec,), *gate, halves=2), FactorShape.of((spec,), *down)
+
+
+def factor_banks(problem: Problem, matrix: int, seed: int, copy: int, device: torch.device) -> FactorWeights | None:
+    """The factors of all experts in records, for one of `layouts_of`, as a packed layer has them; None as above."""
     from moepress.kernels.cuda import run
 
-    spec, (rows, columns, *_) = spec_of(problem), problem.shape
-    if not spec.rank or why_not_records(spec, columns):
-        return parts
-    made = []
-    for records, layout in zip(
-        pack_factors(parts, spec, rows, columns), factor_layouts(spec, rows, columns), strict=True
-    ):
-        bank = run.RecordBank.build((records[None],), (layout,), ((0, 0),))
-        made.append(Weights(list(bank.records), bank.table, describe((layout,), ((0, 0),)), bank))
-    return made[0], made[1]
+    if (shape := factor_shapes(problem)[matrix]) is None:
+        return None
+    halves = ((0, 1), (2,))[matrix] if problem.moe else (0,)
+    parts = [random_factors(problem, each, seed, copy, device) for each in halves]
+    where, made = tuple((0, expert) for expert in range(problem.experts)), []
+    for records, layout in zip(shape.pack(parts, problem.rank), shape.layouts, strict=True):
+        bank = run.RecordBank.build((records,), (layout,), where)
+        made.append(Weights([records], bank.table, describe((layout,), where), bank))
+    return FactorWeights(*made)
 
 
-def _experts(draw: Draw, gate_up: Weights, down: Weights, intermediate: int) -> torch.Tensor:
+def bank_layouts(problem: Problem) -> BankLayouts:
+    """What decides which kernels a layer of experts needs."""
+    gate_up, down = layouts_of(problem)
+    shapes = (each and each.layouts for each in factor_shapes(problem))
+    gate_up_factors, down_factors = (both and ((both[0],), (both[1],)) for both in shapes)
+    return (gate_up,), (down,), problem.shape[1], gate_up_factors, down_factors
+
+
+def _experts(
+    draw: Draw,
+    gate_up: Weights,
+    down: Weights,
+    intermediate: int,
+    gate_up_factors: FactorWeights | None,
+    down_factors: FactorWeights | None,
+) -> torch.Tensor:
     assert draw.ids is not None and draw.weights is not None
-    return packed_experts(draw.x, draw.ids, draw.weights, gate_up, down, intermediate)
+    return packed_experts(draw.x, draw.ids, draw.weights, gate_up, down, intermediate, gate_up_factors, down_factors)

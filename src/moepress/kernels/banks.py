@@ -3,7 +3,8 @@
 
 An operation takes tensors and one string that says what lies in them, and makes the bank of them again. A string,
 because torch.compile guards it as one value and because it means the same in every process that finds a compiled graph
-in a cache on disk: "32x64b3g64,32x64b4g64|0.0 1.0 0.1" are two tensors of records and the places of three experts.
+in a cache on disk: "32x64b3g64,32x64b4g64|0.0 1.0 - 0.1" are two tensors of records and the places of four experts, of
+whom one has no such matrix.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import torch
 
 from moepress.errors import KernelError
 from moepress.kernels.cuda import compiler
+from moepress.kernels.cuda.bank import Factors
 from moepress.kernels.problem import Problem
 from moepress.kernels.records import RecordLayout
 
 if TYPE_CHECKING:
     from moepress.kernels.cuda.run import RecordBank
 
-Where = tuple[tuple[int, int], ...]
-"""Expert -> (which of the records, slot)."""
+Where = tuple[tuple[int, int] | None, ...]
+"""Expert -> (which of the records, slot), or None for an expert that has no such matrix."""
+_NOWHERE = "-"
 _LAYOUT = re.compile(r"(\d+)x(\d+)b(\d)g(\d+)")
 
 
@@ -35,6 +38,13 @@ class Weights(NamedTuple):
     table: torch.Tensor
     text: str
     bank: RecordBank | None
+
+
+class FactorWeights(NamedTuple):
+    """The banks of compensators' factors, as `Factors` has them."""
+
+    v: Weights
+    u: Weights
 
 
 def why_not_here(problem: Problem) -> str | None:
@@ -56,7 +66,8 @@ def _why_not_device(kind: str) -> str | None:
 def describe(layouts: Sequence[RecordLayout], where: Where) -> str:
     """The string of a bank; `parse` is its inverse."""
     kinds = (f"{each.rows}x{each.columns}b{each.bits}g{each.group_size}" for each in layouts)
-    return f"{','.join(kinds)}|{' '.join(f'{which}.{slot}' for which, slot in where)}"
+    places = (f"{place[0]}.{place[1]}" if place else _NOWHERE for place in where)
+    return f"{','.join(kinds)}|{' '.join(places)}"
 
 
 @cache
@@ -65,10 +76,17 @@ def parse(text: str) -> tuple[tuple[RecordLayout, ...], Where]:
     kinds, _, places = text.partition("|")
     try:
         layouts = tuple(RecordLayout(*map(int, _LAYOUT.fullmatch(kind).groups())) for kind in kinds.split(","))
-        where = tuple((int(which), int(slot)) for which, slot in (place.split(".") for place in places.split()))
+        where = tuple(_parse_place(place) for place in places.split())
     except (AttributeError, ValueError) as error:
         raise KernelError(f"{text!r:.80} does not describe records: {error}") from None
     return layouts, where
+
+
+def _parse_place(place: str) -> tuple[int, int] | None:
+    if place == _NOWHERE:
+        return None
+    which, slot = place.split(".")
+    return int(which), int(slot)
 
 
 def rebuild(records: list[torch.Tensor], table: torch.Tensor, text: str) -> RecordBank:
@@ -76,6 +94,30 @@ def rebuild(records: list[torch.Tensor], table: torch.Tensor, text: str) -> Reco
     from moepress.kernels.cuda import run
 
     return run.RecordBank(tuple(records), *parse(text), table)
+
+
+def factor_arguments(factors: FactorWeights | None) -> tuple[list[torch.Tensor], str]:
+    """Factors as two arguments of an operation: records and table of v, those of u; and both strings."""
+    tensors = [tensor for weights in factors or () for tensor in (*weights.records, weights.table)]
+    return tensors, ";".join(weights.text for weights in factors or ())
+
+
+def rebuild_factors(tensors: list[torch.Tensor], text: str) -> Factors | None:
+    """The factors that an operation was given; `factor_arguments` made them arguments."""
+    if not text:
+        return None
+    v_records, v_table, u_records, u_table = tensors
+    v, u = text.split(";")
+    return Factors(rebuild([v_records], v_table, v), rebuild([u_records], u_table, u))
+
+
+def ready_factors(factors: FactorWeights | None) -> Factors | None:
+    """The same for calls that need no operation."""
+    if factors is None:
+        return None
+    v, u = factors.v.bank, factors.u.bank
+    assert v is not None and u is not None, "under torch.compile weights come without their banks"
+    return Factors(v, u)
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moepress.format.spec import WeightSpec
 from moepress.kernels.records import RecordLayout
 
 LINEAR, EXPERTS = "linear", "experts"
@@ -18,9 +19,9 @@ class Problem:
     """One layer on one device for inputs of one dtype.
 
     `layouts` are those of its records, each kind once: of the matrix, or of the experts' gate and up interleaved;
-    `down` those of the experts' down, of which there are `experts`. `rank` is the largest compensator's, `top_k` how
-    many experts a token has.
-    `offloaded` weights come to the device for each call and go again.
+    `down` those of the experts' down, of which there are `experts`. `compensated` and `compensated_down` are the specs
+    among them that have a compensator. `top_k` is how many experts a token has. `offloaded` weights come to the device
+    for each call and go again.
     """
 
     op: str
@@ -28,7 +29,8 @@ class Problem:
     dtype: torch.dtype
     layouts: tuple[RecordLayout, ...]
     down: tuple[RecordLayout, ...] = ()
-    rank: int = 0
+    compensated: tuple[WeightSpec, ...] = ()
+    compensated_down: tuple[WeightSpec, ...] = ()
     experts: int = 1
     top_k: int = 1
     activation: str = SILU

@@ -2,7 +2,8 @@
 """ExpertBank: the routed experts of one layer, which may differ in bits and rank, behind transformers' experts call.
 
 Experts with equal specs are stored stacked in a bucket; `expert -> (bucket, slot)` finds them. Each of gate, up and
-down has its own buckets (gate and up have the same ones). Packed, a bucket of gate and that of up share their records.
+down has its own buckets (gate and up have the same ones). Packed, a bucket of gate and that of up share their records,
+and compensators are held twice, as stored and in records.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ from moepress.kernels.experts.reference import run_experts
 from moepress.kernels.experts.triton import Bucket, slot_table, triton_experts
 from moepress.kernels.linear.reference import compressed_linear
 from moepress.kernels.problem import EXPERTS, SILU, Problem
+from moepress.kernels.records import RecordLayout
 from moepress.runtime.packable import Key, Packable, Side
 from moepress.runtime.stored import StoredParts
+
+Layouts = tuple[RecordLayout, ...]
+BankLayouts = tuple[Layouts, Layouts, int, tuple[Layouts, Layouts] | None, tuple[Layouts, Layouts] | None]
+"""Layouts of gate and up and of down, experts a token, and layouts of v and u for gate and up and for down."""
 
 
 class Projection(nn.ModuleDict):
@@ -58,7 +64,7 @@ class Projection(nn.ModuleDict):
 class ExpertBank(Packable):
     """hidden [T, H], ids [T, k], weights [T, k] -> [T, H]: down(act(gate(x)) * up(x)), weighted and summed."""
 
-    tables = ("gate_up_table", "down_table")
+    prefixes = ("gate_up_", "down_")
 
     def __init__(self, entry: BankEntry, act_fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -72,13 +78,19 @@ class ExpertBank(Packable):
     ) -> torch.Tensor:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         if self._ready(flat, top_k_index.shape[-1]):
-            gate_up, down = self.banks()
-            out = packed_experts(flat, top_k_index, top_k_weights, gate_up, down, self.intermediate)
+            banks = *self.banks(), self.intermediate, *self.factor_banks()
+            out = packed_experts(flat, top_k_index, top_k_weights, *banks)
         elif self._on_triton(flat, top_k_index.shape[-1]):
             out = self._run_triton(flat, top_k_index, top_k_weights)
         else:
             out = run_experts(flat, top_k_index, top_k_weights, self.num_experts, self.run_expert)
         return out.view_as(hidden_states)
+
+    def kernel_layouts(self, top_k: int) -> BankLayouts:
+        """What decides which kernels a call needs where a token has `top_k` experts."""
+        gate_up, down = self.layouts()
+        gate_up_factors, down_factors = (both and ((both[0],), (both[1],)) for both in self.factor_layouts())
+        return gate_up, down, top_k, gate_up_factors, down_factors
 
     def _run_triton(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         gate, up, down = (
@@ -111,10 +123,10 @@ class ExpertBank(Packable):
 
     def _problem(self, key: Key) -> Problem:
         layouts = (tuple(dict.fromkeys(layouts)) for layouts in self.layouts())
-        rank = max(bucket.spec.rank for side in self._sides() for bucket, _ in side.buckets)
+        compensated = (side.compensated() for side in self._sides())
         dtype, top_k = key
         name = activation_name(self.act_fn)
-        return Problem(EXPERTS, self.device, dtype, *layouts, rank, self.num_experts, top_k, name)
+        return Problem(EXPERTS, self.device, dtype, *layouts, *compensated, self.num_experts, top_k, name)
 
 
 def activation_name(act_fn: Callable[[torch.Tensor], torch.Tensor]) -> str:

@@ -71,6 +71,10 @@ class StoredParts(nn.Module):
             return self._restored(self.holder().device) | own
         return self._unpacked(slot) | own
 
+    def factors(self) -> Parts:
+        """The parts that no records stand for: those of the compensator, if any, packed or not."""
+        return {name: self._buffers[name] for name in self.part_names if name not in BASE}
+
     def to_records(self, up: StoredParts | None = None) -> None:
         """Replaces the base parts by records, those of `up` by the same. What they took in memory is free again."""
         base = self.spec, self.out_features, self.in_features

@@ -32,7 +32,7 @@ def compile_kernels(model: nn.Module, dtype: torch.dtype, top_k: int | None) -> 
     for device in {layer.device for layer in ready}:
         here = [layer for layer in ready if layer.device == device]
         linears = {each for layer in here if isinstance(layer, CompressedLinear) for each in layer.kernel_layouts()}
-        banks = {(*layer.layouts(), top_k) for layer in here if isinstance(layer, ExpertBank) and top_k}
+        banks = {layer.kernel_layouts(top_k) for layer in here if isinstance(layer, ExpertBank) and top_k}
         from moepress.kernels.cuda import run
 
         run.warm([(layout,) for layout in linears], list(banks), dtype, device)

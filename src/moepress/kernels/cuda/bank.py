@@ -7,7 +7,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,26 +39,35 @@ class RecordBank:
     records: tuple[torch.Tensor, ...]
     """For each width, uint8 [count, *layout.shape]."""
     layouts: tuple[RecordLayout, ...]
-    where: tuple[tuple[int, int], ...]
-    """Expert -> (which of `records`, slot)."""
+    where: tuple[tuple[int, int] | None, ...]
+    """Expert -> (which of `records`, slot); None: it has no such matrix."""
     table: torch.Tensor
-    """int64 [E, 2] on the device: address; word bits and, 32 bits up, the middle code."""
+    """int64 [E + 1, 2] on the device: address, 0 for none; word bits and, 32 bits up, the middle code. The last row
+    is zeros, which kernels use as counters and leave as zeros."""
 
     @classmethod
     def build(
-        cls, records: Sequence[torch.Tensor], layouts: Sequence[RecordLayout], where: Sequence[tuple[int, int]]
+        cls, records: Sequence[torch.Tensor], layouts: Sequence[RecordLayout], where: Sequence[tuple[int, int] | None]
     ) -> RecordBank:
         """The bank with its table. The records must be complete and stay where they are.
 
         Waits for the device: a kernel asks for its first records before the work ahead of it on the stream has ended.
         """
         rows = [
-            (records[which][slot].data_ptr(), layouts[which].word_bits | centre(layouts[which]) << 32)
-            for which, slot in where
+            (records[place[0]][place[1]].data_ptr(), layouts[place[0]].word_bits | centre(layouts[place[0]]) << 32)
+            if place
+            else (0, 0)
+            for place in where
         ]
+        rows.append((0, 0))
         table = torch.tensor(rows, dtype=torch.int64).to(records[0].device)
         torch.cuda.synchronize(records[0].device)
         return cls(tuple(records), tuple(layouts), tuple(where), table)
+
+    @property
+    def counters(self) -> torch.Tensor:
+        """Two int64 zeros on the device: one launch at a time may use them."""
+        return self.table[-1]
 
     @cached_property
     def shape(self) -> choose.Bank:
@@ -67,7 +76,7 @@ class RecordBank:
     @cached_property
     def argument(self) -> BankArgument:
         """Uniform banks need no table: one load less before the first record is asked for."""
-        if len(self.records) == 1 and all(slot == expert for expert, (_, slot) in enumerate(self.where)):
+        if len(self.records) == 1 and all(place == (0, expert) for expert, place in enumerate(self.where)):
             first, layout = self.records[0], self.layouts[0]
             return BankArgument(None, first.data_ptr(), layout.word_bits, centre(layout), first[0].numel())
         return BankArgument(self.table.data_ptr(), None, 0, 0, 0)
@@ -76,3 +85,14 @@ class RecordBank:
 def centre(layout: RecordLayout) -> int:
     """The middle code, which kernels take off before they scale: what is left of the zero rounds the better."""
     return 1 << (layout.bits - 1) if layout.bits > 1 else 0
+
+
+class Factors(NamedTuple):
+    """The compensators of one half of a layer of experts: W_e + u_e v_e, t = v x first. Ranks are padded to the most.
+
+    Gate and up: v is [2 R, H], those of gate above those of up, and u [2 I, 2 R], rows interleaved as the weights' are,
+    with zeros where a row of gate meets the columns of up. Down: v is [R, I] and u [H, R].
+    """
+
+    v: RecordBank
+    u: RecordBank

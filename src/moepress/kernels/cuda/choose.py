@@ -14,12 +14,18 @@ from typing import Literal
 
 from moepress.kernels.records import BLOCKS, RecordLayout
 
-Mode = Literal["DENSE", "GATE_UP", "DOWN"]
-"""What a kernel's product is for: a matrix, or one half of a layer of experts."""
+Mode = Literal["DENSE", "GATE_UP", "DOWN", "PLAIN"]
+"""What a kernel's product is for: a matrix, one half of a layer of experts, or a factor of its compensators."""
 WARPS = 32
 """Warps of a block of `gemv`."""
+GEMV_STATIC = 40_000
+"""More shared bytes than any instance of `gemv` declares for itself; the largest has 38,912."""
+COLUMNS, MAX_PAIRS = 8, 64
+"""Most tokens of a launch of `gemv`, and most pairs of token and expert where tokens are several."""
 RESERVED = 1024
 """Shared bytes that the system keeps of each block, and those lost to aligning the ring of `grouped`."""
+HOPPER, STATIC = 227 << 10, 40 << 10
+"""Shared bytes that a block can have, and more than any kernel declares for itself."""
 
 
 @dataclass(frozen=True)
@@ -77,26 +83,67 @@ class Bank:
         return f"{self.uniform_bits}, {self.most_bits}, {layout.units}, {layout.group_size}"
 
 
-def gemv_warps(row_blocks: int, processors: int) -> int:
-    """Warps that share a row block: few where row blocks are many, so that none of the 32 waits."""
-    for warps, needed in ((4, 3.0), (8, 1.5)):
-        if row_blocks >= needed * processors:
-            return warps
-    return 16
+@dataclass(frozen=True)
+class Ranks:
+    """What `gemv` has to know of compensators: the width of factors and how their records are cut."""
+
+    bits: int
+    units: int
+    """Of a record of u."""
+    u_records: int
+    v_units: int
 
 
-def gemv_shared(bank: Bank, stages: int, rows_of_x: int, tokens: int) -> int:
-    """Dynamic shared bytes of `gemv`: rings, their barriers, x and its sums."""
-    layout = bank.any
+def ranks(v: RecordLayout, u: RecordLayout) -> Ranks:
+    """Of the layouts of v and u."""
+    return Ranks(u.word_bits, u.units, u.records_per_row_block, v.units)
+
+
+@dataclass(frozen=True)
+class Team:
+    """How the warps of a block of `gemv` share work: groups with a row block each, warps that share its columns."""
+
+    warps: int
+    groups: int
+
+
+def gemv_teams(mode: Mode, bank: Bank, tokens: int, slots: int, processors: int) -> Sequence[Team]:
+    """Teams, best first: few warps share a row block where row blocks are many, so that none of the 32 waits."""
+    blocks = bank.row_blocks * (slots * tokens if mode == "GATE_UP" else 1)
+    if blocks <= processors:
+        best = 32
+    else:
+        best = next((warps for warps, needed in ((4, 3.0), (8, 1.5)) if blocks >= needed * processors), 16)
+    teams = [Team(best, WARPS // best)]
+    if tokens > 1:  # inputs take much of the shared memory
+        teams += [Team(warps, 1) for warps in (24, 16)]
+    return teams
+
+
+@dataclass(frozen=True)
+class Room:
+    """Dynamic shared bytes of `gemv`."""
+
+    inputs: int
+    """x and its sums."""
+    stage: int
+    """One record of each warp's ring, and its barrier."""
+
+    def total(self, stages: int) -> int:
+        return self.inputs + stages * self.stage
+
+    def stages(self, available: int) -> int:
+        """Records that each warp has under way, 2 to 4; 0 where x and two of them do not fit."""
+        return next((n for n in (4, 3, 2) if self.total(n) + RESERVED <= available), 0)
+
+
+def gemv_room(mode: Mode, bank: Bank, ranks: Ranks | None, tokens: int, slots: int, team: Team) -> Room:
+    layout, several = bank.any, tokens > 1
     units = layout.records_per_row_block * layout.units
-    words = units * 32 + (4 if tokens > 1 else 0)
-    ring = WARPS * stages * (bank.record_bytes + 8)
-    return ring + 4 * rows_of_x * (words + units * bank.segments * bank.sum_floats)
-
-
-def gemv_stages(bank: Bank, rows_of_x: int, tokens: int, available: int) -> int:
-    """Records that each warp has under way, 2 to 4; 0 where x and two of them do not fit."""
-    return next((n for n in (4, 3, 2) if gemv_shared(bank, n, rows_of_x, tokens) + RESERVED <= available), 0)
+    rows = {"DENSE": tokens, "GATE_UP": tokens, "DOWN": tokens * slots + several}[mode]
+    words = units * 32 + 4 * several + units * bank.segments * bank.sum_floats + 2 * several
+    record = max(bank.record_bytes, ranks.v_units * (128 * ranks.bits + 64) if ranks else 0)
+    return Room(4 * rows * words, team.warps * team.groups * (record + 8))
 
 
 @dataclass(frozen=True)
@@ -111,9 +158,19 @@ class Tile:
     """Blocks that share a multiprocessor: while one stores its tile, another multiplies."""
 
     @property
+    def row_blocks(self) -> int:
+        """Row blocks of a tile."""
+        return BLOCKS * self.row_tiles * self.row_groups
+
+    @property
     def scales_after(self) -> bool:
         """Whether products of plain codes are scaled, which takes the sums of x."""
         return self.tokens <= 16 and self.row_tiles == 1
+
+    @property
+    def sums_results(self) -> bool:
+        """Whether a tile of gate and up can take the sums of its results: it has whole units of 64 of them."""
+        return self.scales_after and self.row_blocks % 8 == 0
 
     @property
     def threads(self) -> int:
@@ -127,8 +184,7 @@ class Tile:
     def stage_bytes(self, bank: Bank) -> int:
         """Shared bytes of one stage of the ring, as `Config` in grouped.cu has it."""
         layout, columns = bank.any, self.column_groups
-        blocks = BLOCKS * self.row_tiles * self.row_groups
-        used = columns * (128 * layout.units * self.tokens + blocks * bank.record_bytes)
+        used = columns * (128 * layout.units * self.tokens + self.row_blocks * bank.record_bytes)
         if self.scales_after:
             used = _up(used, 128) + 4 * columns * self.tokens * bank.record_sums
         return _up(used, 1024)
@@ -148,6 +204,35 @@ def expert_tiles(bank: Bank, tokens_each: float) -> Sequence[Tile]:
     else:
         best = Tile(96, 2, 2, 1) if tokens_each <= 80 else Tile(128, 2, 2, 1)
     return best, Tile(best.tokens if best.tokens <= 32 else 64, 1, 2, 1), Tile(8, 1, 1, 1)
+
+
+def factor_tiles(bank: Bank, tokens_each: float) -> Sequence[Tile]:
+    """The same for factors of experts' compensators: v has few rows and long ones, u many and short.
+
+    None scales after: that would take sums of x of its own for v, whose width is not that of the weights.
+    """
+    if bank.any.rows < bank.any.columns:
+        tiles = [Tile(32, 1, 1, columns) for columns in (4, 2)]  # warpgroups for all columns: there are few tiles
+        if tokens_each > 128:
+            tiles.insert(0, Tile(64, 1, 1, 2))
+    else:
+        size = (8, 2) if tokens_each <= 6 else (32, 2) if tokens_each <= 28 else (64, 1)
+        tiles = [Tile(*size, 2, 1, blocks) for blocks in (2, 1)]
+    roomy = (tile for tile in tiles if 2 * tile.stage_bytes(bank) <= HOPPER // tile.blocks - STATIC - RESERVED)
+    return next(roomy), Tile(32, 1, 1, 1), Tile(8, 2, 1, 1)
+
+
+def factor_splits(bank: Bank, tile: Tile, experts: int, pairs: int, processors: int) -> tuple[int, int]:
+    """Parts of a factor's columns that are multiplied apart and added later, where tiles are too few; records of each.
+
+    Half of a GPU is enough to leave it at one part, since adding takes a launch; a part has two stages or more.
+    """
+    layout = bank.any
+    tiles = max(min(experts, pairs), pairs // tile.tokens) * -(-bank.row_blocks // tile.row_blocks)
+    rounds = -(-layout.records_per_row_block // tile.column_groups)
+    wanted = max(1, min(processors // tiles, rounds // 2, 16))
+    each = tile.column_groups * -(-rounds // wanted) if wanted > 2 else layout.records_per_row_block
+    return -(-layout.records_per_row_block // each), each
 
 
 def dense_tiles(bank: Bank, tokens: int, processors: int) -> Sequence[Tile]:

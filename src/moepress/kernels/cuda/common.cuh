@@ -15,7 +15,8 @@ constexpr int UNIT = 64;      // columns of a unit: the four k-steps of one scal
 
 // ---- weights ------------------------------------------------------------------------------------------------------
 
-enum Mode { DENSE, GATE_UP, DOWN };  // one matrix; experts' gate and up interleaved, with SiLU; their down
+// One matrix; experts' gate and up interleaved, with SiLU; their down; their matrices without more.
+enum Mode { DENSE, GATE_UP, DOWN, PLAIN };
 
 struct Expert {  // one weight matrix in records
     const u8* records;

@@ -2,26 +2,41 @@
 // y = x W^T for two tokens or more, one matrix or a bank of experts in one persistent launch, on Hopper's wgmma.
 //
 // W is the A operand: each warp turns its own records into registers, (base + code) -> code -> code * scale - zero * scale,
-// and the tokens are the columns, a multiple of eight (the transposed problem, as in Humming). A producer warpgroup keeps
-// a ring of stages full: records by bulk copies, tokens' rows by 16-byte copies into the swizzled tile that wgmma reads,
-// gathered through the sorted pairs, so nothing is permuted in device memory. While the tensor cores work on one unit the
-// next one is unpacked. Where rows alone cannot fill the GPU, KW warpgroups share the columns and add up in their order.
+// and the tokens are the columns, a multiple of eight (the transposed problem, as in Humming). A producer keeps a ring of
+// stages full by bulk copies: records as they lie, tokens' rows, sorted by expert beforehand, into the swizzled tile that
+// wgmma reads. While the tensor cores work on one unit the next one is unpacked. Where rows alone cannot fill the GPU, KW
+// warpgroups share the columns and add up in their order.
 #include "sums.cuh"
 #include "wgmma.cuh"
 
+// Sums of y's segments as `prepare_rows` takes them, for a product after this one that scales after.
+struct NextSums {
+    float* to;     // [records][pairs][floats]; null: not needed
+    int bits;      // word width of all of that product's matrices, 0 where they differ
+    int units;     // of its records
+    int segments;  // of its units
+    int floats;    // of a record and token
+};
+
 struct Arguments {
-    u16* y;                 // DENSE [tokens, n]; GATE_UP [pairs, n] in sorted order; DOWN [tokens * slots, n]
+    u16* y;                 // DENSE [tokens, n]; GATE_UP [pairs, n], PLAIN [pairs, splits * n] in sorted order; DOWN
+                            // [tokens * slots, n]
     const u16* bias;        // DENSE [n] or null
-    Bank bank;
+    Bank bank;              // PLAIN: experts without records are left out, and their rows of y as they are
     const int* first;       // [num_experts + 1] first sorted pair of each expert; DENSE null
     const int* pairs;       // [pairs] token * slots + slot, sorted by expert; DENSE null
     const void* weights;    // DOWN [tokens * slots], float32 where weights_wide, else as x
+    const u16* addend;      // GATE_UP [pairs, rows of W], before SiLU; DOWN [pairs, n], before weights; or null
+    const Expert* added_to;  // experts without records here have no addend; null: all have
+    NextSums next;          // GATE_UP
     int weights_wide;
     int tokens, slots, num_experts;
     int n, ld;              // columns of y and elements from row to row; GATE_UP: the intermediate size, half of W's rows
     int records;            // of a row block
     int row_blocks;
     int stages;
+    int splits;             // PLAIN: parts of the columns, with a result each; else 1
+    int split_records;      // of a part
 };
 
 constexpr int MAX_EXPERTS = 512;
@@ -32,21 +47,28 @@ struct alignas(64) TensorMap {
     u8 opaque[128];
 };
 
-// One tile of work: an expert, a range of its sorted pairs, a range of row blocks.
+// One tile of work: an expert, a range of its sorted pairs, a range of row blocks; PLAIN: a part of the columns.
 struct Work {
-    int expert, token, tokens, row_block;
+    int expert, token, tokens, row_block, split;
+
+    template <int MODE> __device__ int first_record(const Arguments& p) const {
+        return MODE == PLAIN ? split * p.split_records : 0;
+    }
+    template <int MODE> __device__ int records(const Arguments& p) const {
+        return MODE == PLAIN ? min(p.split_records, p.records - split * p.split_records) : p.records;
+    }
 };
 
 // Tiles in order: expert, row tile, token tile; so that blocks at work together share an expert's records in L2.
 template <int NT, int TILE_BLOCKS, int MODE> struct Schedule {
     const int* tiles;  // [num_experts + 1] token tiles before each expert
     const int* first;
-    int row_tiles, total, num_experts, all_tokens;
+    int row_tiles, total, num_experts, all_tokens, splits;
 
     __device__ Work at(int index) const {
         if constexpr (MODE == DENSE) {
             const int token_tiles = (all_tokens + NT - 1) / NT, tile = index % token_tiles;
-            return {0, tile * NT, min(NT, all_tokens - tile * NT), index / token_tiles * TILE_BLOCKS};
+            return {0, tile * NT, min(NT, all_tokens - tile * NT), index / token_tiles * TILE_BLOCKS, 0};
         }
         int low = 0, high = num_experts;  // the last expert whose tiles begin at or before this one
         while (high - low > 1) {
@@ -54,8 +76,8 @@ template <int NT, int TILE_BLOCKS, int MODE> struct Schedule {
             if (tiles[middle] * row_tiles <= index) low = middle; else high = middle;
         }
         const int own = tiles[low + 1] - tiles[low], rest = index - tiles[low] * row_tiles, tile = rest % own;
-        const int start = first[low] + tile * NT;
-        return {low, start, min(NT, first[low + 1] - start), rest / own * TILE_BLOCKS};
+        const int start = first[low] + tile * NT, row = rest / own, split = MODE == PLAIN ? row % splits : 0;
+        return {low, start, min(NT, first[low + 1] - start), (MODE == PLAIN ? row / splits : row) * TILE_BLOCKS, split};
     }
 };
 
@@ -98,6 +120,21 @@ __device__ __forceinline__ void dequantize(u32 (&a)[16], u32 (&words)[U * B], u3
     }
 }
 
+// The same where widths are mixed. The choice is made here, unit by unit, so that one set of products serves all widths:
+// with a loop for each the compiler found no registers for their sums and made every product wait for the one before.
+template <int B, int MAX_B, int U, int G, bool BF16>
+__device__ __forceinline__ void dequantize_any(u32 (&a)[16], u32 (&words)[U * MAX_B], u32 record, int u, int lane, int bits,
+                                               int centre) {
+#define DEQUANTIZE(W) dequantize<W, U, G, BF16>(a, reinterpret_cast<u32(&)[U * W]>(words), record, u, lane, centre)
+    if constexpr (B) DEQUANTIZE(B);
+    else if (bits == 1) DEQUANTIZE(1);
+    else if (bits == 2) DEQUANTIZE(2);
+    else if (bits == 3) DEQUANTIZE(3);
+    else if (MAX_B == 4 || bits == 4) DEQUANTIZE(4);
+    else DEQUANTIZE(MAX_B);
+#undef DEQUANTIZE
+}
+
 template <int B, int U, int G, bool BF16, int NT, int MI, int WGS, int KW> struct Config {
     static constexpr int ROW_BLOCKS = 4 * MI * WGS;           // of a tile
     static constexpr int CONSUMERS = WGS * KW * 128;
@@ -107,6 +144,7 @@ template <int B, int U, int G, bool BF16, int NT, int MI, int WGS, int KW> struc
     static constexpr bool DOUBLE = U * MI % 2 == 0;
     // Up to 16 columns it is cheaper to scale a group's products than its weights.
     static constexpr bool SCALE_AFTER = NT <= 16 && MI == 1;
+    static constexpr int H_UNITS = ROW_BLOCKS / 8;            // units of the intermediate that a tile of GATE_UP has
     static __device__ __host__ constexpr int sum_bytes(int floats) {  // of one token and record
         return U * Record<U, G>::SEGMENTS * floats * 4 > 16 ? U * Record<U, G>::SEGMENTS * floats * 4 : 16;
     }
@@ -120,26 +158,28 @@ template <int B, int U, int G, bool BF16, int NT, int MI, int WGS, int KW> struc
 };
 
 // The columns of one tile for one consumer warpgroup.
-template <int B, int U, int G, bool BF16, int NT, int MI, int WGS, int KW>
+template <int B, int MAX_B, int U, int G, bool BF16, int NT, int MI, int WGS, int KW>
 __device__ __forceinline__ void accumulate(float (&acc)[MI][NT / 2], u32 stages_at, u32 stage_bytes, u32 bars, int stages,
-                                           int& stage, u32& phase, int records, int wg, int kw, int lane, int warp, int centre) {
-    using C = Config<B, U, G, BF16, NT, MI, WGS, KW>;
+                                           int& stage, u32& phase, int records, int wg, int kw, int lane, int warp, int bits,
+                                           int centre) {
+    using C = Config<MAX_B, U, G, BF16, NT, MI, WGS, KW>;
     constexpr int BUFFERS = C::DOUBLE ? 2 : 1;
     u32 a[BUFFERS][16];
     int held = -1;  // the stage that the last products still read
-    const u32 size = Record<U, G>::bytes(B);
+    const u32 size = Record<U, G>::bytes(B ? B : bits);
     for (int record = 0; record < records; record += KW) {
         mbarrier_wait(bars + 16 * stage, phase);
         if (record + kw < records) {
             const u32 at = stages_at + stage * stage_bytes, x = at + kw * U * NT * 128, w = at + C::X_BYTES;
-            u32 words[MI][U * B];
+            u32 words[MI][U * MAX_B];
 #pragma unroll
             for (int u = 0; u < U; ++u) {
 #pragma unroll
                 for (int mi = 0; mi < MI; ++mi) {
                     const int buffer = C::DOUBLE ? (u * MI + mi) % 2 : 0;
                     if (!C::DOUBLE) wgmma_wait<0>();
-                    dequantize<B, U, G, BF16>(a[buffer], words[mi], w + (((wg * MI + mi) * KW + kw) * 4 + warp) * size, u, lane, centre);
+                    const u32 from = w + (((wg * MI + mi) * KW + kw) * 4 + warp) * size;
+                    dequantize_any<B, MAX_B, U, G, BF16>(a[buffer], words[mi], from, u, lane, bits, centre);
                     wgmma_fence();
                     const u64 tile = swizzled_tile(x + u * NT * 128);
 #pragma unroll
@@ -167,7 +207,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][NT / 2], u32 stages_
 // The same for few tokens: products of the plain codes, a group at a time, then scale and zero on the sums.
 template <int B, int U, int G, bool BF16, int NT, int MI, int WGS, int KW, int FLOATS, int SUMS_AT>
 __device__ __forceinline__ void accumulate_codes(float (&acc)[MI][NT / 2], u32 stages_at, u32 stage_bytes, u32 bars, int stages,
-                                                 int& stage, u32& phase, int records, int wg, int kw, int lane, int warp, int centre) {
+                                                 int& stage, u32& phase, int records, int wg, int kw, int lane, int warp) {
     using C = Config<B, U, G, BF16, NT, MI, WGS, KW>;
     constexpr int M = Record<U, G>::GROUPS, SEGMENTS = Record<U, G>::SEGMENTS, STEPS = U * SEGMENTS, J = 4 / SEGMENTS;
     constexpr u32 SIZE = Record<U, G>::bytes(B);
@@ -246,11 +286,54 @@ struct Columns {
     float weight;
 };
 
+// The addend of a warp's 16 rows and the tile's tokens: 16 bytes a lane and piece, all asked for at once.
+template <int NT, int MODE> struct Addend {
+    static constexpr int PIECES = NT < 16 ? 1 : NT / 16;
+    uint4 piece[PIECES];
+
+    __device__ __forceinline__ void load(const Arguments& p, const Work& work, int row_block, int lane) {
+        const int ld = MODE == GATE_UP ? ROWS * p.row_blocks : p.ld, at = ROWS * row_block + 8 * (lane % 2);
+#pragma unroll
+        for (int i = 0; i < PIECES; ++i) {
+            const int column = (i * WARP + lane) / 2;
+            piece[i] = make_uint4(0, 0, 0, 0);
+            if (column < work.tokens && at < ld)
+                piece[i] = *reinterpret_cast<const uint4*>(p.addend + (u64)(work.token + column) * ld + at);
+        }
+    }
+
+    // Adds the part of CHUNK tokens. The way through the corner is that of `store_rows` backwards.
+    template <bool BF16, int CHUNK>
+    __device__ __forceinline__ void add(float (&acc)[NT / 2], int first, u32 corner, int lane) const {
+        using H = Half<BF16>;
+#pragma unroll
+        for (int i = 0; i < (CHUNK < 16 ? 1 : CHUNK / 16); ++i) {
+            const uint4& v = piece[first / 16 + i];
+            if (CHUNK >= 16 || lane < 2 * CHUNK)
+                asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                             ::"r"(corner + 16 * (i * WARP + lane)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = first / 8; i < (first + CHUNK) / 8; ++i) {
+            u32 low, high;
+            asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                         : "=r"(low), "=r"(high)
+                         : "r"(corner + ((8 * i - first + lane % 8) * 2 + lane / 8 % 2) * 16)
+                         : "memory");
+            acc[4 * i] += H::lo(low), acc[4 * i + 1] += H::hi(low);
+            acc[4 * i + 2] += H::lo(high), acc[4 * i + 3] += H::hi(high);
+        }
+        __syncwarp();
+    }
+};
+
 // One warp's 16 rows of a tile. Lanes hold pairs of tokens and rows 8 apart; through a corner of shared memory, a row's
-// eight neighbours come together and leave as 16 bytes. (Two bytes at a time took half of the time of short K.)
+// eight neighbours come together and leave as 16 bytes. (Two bytes at a time took half of the time of short K.) Where a
+// next product needs sums of them, `octets` [NT] gets each token's.
 template <bool BF16, int NT, int MODE>
-__device__ __forceinline__ void store_rows(const Arguments& p, const Work& work, const Columns* columns, u32 corner, int row_block,
-                                           float (&acc)[NT / 2], int lane) {
+__device__ __forceinline__ void store_rows(const Arguments& p, const Work& work, const Columns* columns, u32 corner, float* octets,
+                                           bool adds, int row_block, float (&acc)[NT / 2], int lane) {
     using H = Half<BF16>;
     constexpr int CHUNK = NT < 32 ? NT : 32, HALVES = MODE == GATE_UP ? 1 : 2;  // 16-byte pieces of a token
     const int n = row_block * 8 * HALVES;
@@ -259,6 +342,13 @@ __device__ __forceinline__ void store_rows(const Arguments& p, const Work& work,
 #pragma unroll
         for (int r = 0; r < 2; ++r)
             if (n + lane / 4 + 8 * r < p.n) bias[r] = widen<BF16>(p.bias[n + lane / 4 + 8 * r]);
+    if constexpr (MODE == GATE_UP || MODE == DOWN)
+        if (adds) {
+            Addend<NT, MODE> addend;
+            addend.load(p, work, row_block, lane);
+#pragma unroll
+            for (int first = 0; first < NT; first += CHUNK) addend.template add<BF16, CHUNK>(acc, first, corner, lane);
+        }
 #pragma unroll
     for (int first = 0; first < NT; first += CHUNK) {
 #pragma unroll
@@ -283,10 +373,13 @@ __device__ __forceinline__ void store_rows(const Arguments& p, const Work& work,
 #pragma unroll
         for (int i = lane; i < CHUNK * HALVES; i += WARP) {
             const int column = first + i / HALVES, at = n + 8 * (i % HALVES);
+            float sum = 0.f;
             if (column < work.tokens && at < p.n) {
                 u16* to = p.y + (u64)(MODE == DOWN ? columns[column].row : work.token + column) * p.ld + at;
+                if (MODE == PLAIN) to += work.split * p.n;
                 u32 x[4];
                 load_shared<4>(x, corner + 16 * i);
+                if (MODE == GATE_UP && octets) sum = sum_octet<BF16>(x);
                 if (p.ld % 8 == 0) {  // rows beyond n are padding up to ld, and zeros
                     *reinterpret_cast<uint4*>(to) = make_uint4(x[0], x[1], x[2], x[3]);
                 } else {
@@ -295,16 +388,58 @@ __device__ __forceinline__ void store_rows(const Arguments& p, const Work& work,
                         if (at + j < p.n) to[j] = u16(x[j / 2] >> (16 * (j % 2)));
                 }
             }
+            if (MODE == GATE_UP && octets) octets[column] = sum;
         }
         __syncwarp();
     }
 }
 
+// In the order of `segment_sums`, so that it does not matter to the last bit who took the sums.
+__device__ __forceinline__ float add_octets(const float (&o)[8]) {
+    return ((o[0] + o[1]) + (o[2] + o[3])) + ((o[4] + o[5]) + (o[6] + o[7]));
+}
+
+// -sum base x of a segment from the sums of its octets.
+template <int B, bool BF16> __device__ __forceinline__ float add_bases(const float (&octet)[8]) {
+    float scaled[8];
+#pragma unroll
+    for (int pair = 0; pair < 8; ++pair) scaled[pair] = -base<B, BF16>(pair) * octet[pair];
+    return add_octets(scaled);
+}
+
+// The sums of the tile's results from those of their octets, [octet][NT]. A thread has a segment of a token.
+template <bool BF16, int NT, int UNITS>
+__device__ __forceinline__ void store_sums(const Arguments& p, const Work& work, const float* octets, int thread) {
+    const NextSums& next = p.next;
+    const int token = thread % NT, segment = thread / NT % next.segments, own = thread / NT / next.segments;
+    const int unit = work.row_block / 8 + own;
+    if (own >= UNITS || 8 * unit >= p.row_blocks || token >= work.tokens) return;
+    float octet[8];
+#pragma unroll
+    for (int pair = 0; pair < 8; ++pair)
+        octet[pair] = pair * next.segments / 8 == segment ? octets[(8 * own + pair) * NT + token] : 0.f;
+    const int record = unit / next.units, at = (unit - record * next.units) * next.segments + segment;
+    const int row = work.token + token, rows = p.tokens * p.slots;
+    float* to = next.to + ((u64)record * rows + row) * next.floats + at * (next.bits ? Sums<1>::FLOATS : Sums<0>::FLOATS);
+    to[0] = add_octets(octet);
+    switch (next.bits) {
+    case 1: to[1] = add_bases<1, BF16>(octet); break;
+    case 2: to[1] = add_bases<2, BF16>(octet); break;
+    case 3: to[1] = add_bases<3, BF16>(octet); break;
+    case 4: to[1] = add_bases<4, BF16>(octet); break;
+    case 8: to[1] = add_bases<8, BF16>(octet); break;
+    default:
+        to[1] = add_bases<1, BF16>(octet), to[2] = add_bases<2, BF16>(octet), to[3] = add_bases<3, BF16>(octet);
+        to[4] = add_bases<4, BF16>(octet), to[5] = add_bases<8, BF16>(octet);
+    }
+}
+
 // Token tiles before each expert, by one warp.
-template <int NT> __device__ __forceinline__ void count_tiles(const Arguments& p, int* tiles, int lane) {
+template <int NT, int MODE> __device__ __forceinline__ void count_tiles(const Arguments& p, int* tiles, int lane) {
     int before = 0;
     for (int e = lane; e - lane < p.num_experts; e += WARP) {
-        int own = e < p.num_experts ? (p.first[e + 1] - p.first[e] + NT - 1) / NT : 0, sum = own;
+        const bool runs = e < p.num_experts && (MODE != PLAIN || p.bank.expert(e).records);
+        int sum = runs ? (p.first[e + 1] - p.first[e] + NT - 1) / NT : 0;
 #pragma unroll
         for (int step = 1; step < WARP; step *= 2) {
             const int left = __shfl_up_sync(~0u, sum, step);
@@ -317,7 +452,7 @@ template <int NT> __device__ __forceinline__ void count_tiles(const Arguments& p
 }
 
 // Keeps the ring full with the stages of this block's tiles. One warp, of which lane 0 asks for copies.
-template <typename C, int B, int MAX_B, int U, int G, int NT, int MI, int WGS, int KW, int FLOATS, typename S>
+template <typename C, int B, int MAX_B, int U, int G, int NT, int MODE, int MI, int WGS, int KW, int FLOATS, typename S>
 __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, const TensorMap& x_map, const TensorMap& sums_map,
                                         u32 ring, u32 bars, int lane) {
     constexpr u32 STAGE = C::stage_bytes(MAX_B, FLOATS);
@@ -330,8 +465,9 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
         const u32 size = Record<U, G>::bytes(B ? B : e.word_bits);
         const int groups = min(MI * WGS, (p.row_blocks - work.row_block + 3) / 4);
         const u8* from = e.records + (u64)work.row_block * p.records * size;
-        for (int record = 0; record < p.records; record += KW) {
-            const u32 full = bars + 16 * stage, to = ring + stage * STAGE, bytes = min(KW, p.records - record) * 4 * size;
+        const int first = work.template first_record<MODE>(p), end = first + work.template records<MODE>(p);
+        for (int record = first; record < end; record += KW) {
+            const u32 full = bars + 16 * stage, to = ring + stage * STAGE, bytes = min(KW, end - record) * 4 * size;
             mbarrier_wait(full + 8, phase);
             if (lane == 0) {
                 mbarrier_expect(full, groups * bytes + C::X_BYTES + (C::SCALE_AFTER ? KW * NT * C::sum_bytes(FLOATS) : 0));
@@ -378,7 +514,9 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
     __shared__ __align__(8) u64 bar[2 * 16];
     __shared__ int tiles[MODE == DENSE ? 1 : MAX_EXPERTS + 1];
     __shared__ __align__(16) u8 corners[WGS * 4][(NT < 32 ? NT : 32) * 32];
-    __shared__ Columns all_columns[2][MODE == DOWN ? NT : 1];  // of this tile and the next
+    constexpr bool SUMS_NEXT = MODE == GATE_UP && C::SCALE_AFTER && C::H_UNITS > 0;
+    __shared__ Columns all_columns[2][MODE == DOWN ? NT : 1];            // of this tile and the next
+    __shared__ float all_octets[2][SUMS_NEXT ? C::ROW_BLOCKS * NT : 1];  // likewise; [row block][token]
     __shared__ float sums[KW > 1 ? (KW - 1) * MI * WGS * 64 * NT : 1];
     const int thread = threadIdx.x, lane = thread % WARP;
     const u32 ring = (shared_address(shared) + 1023) / 1024 * 1024, bars = shared_address(bar);
@@ -390,16 +528,17 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
     await_producers();
     allow_dependents();
     Schedule<NT, C::ROW_BLOCKS, MODE> schedule;
-    schedule.row_tiles = (p.row_blocks + C::ROW_BLOCKS - 1) / C::ROW_BLOCKS;
+    schedule.row_tiles = (p.row_blocks + C::ROW_BLOCKS - 1) / C::ROW_BLOCKS * (MODE == PLAIN ? p.splits : 1);
     schedule.first = p.first, schedule.tiles = tiles, schedule.num_experts = p.num_experts, schedule.all_tokens = p.tokens;
-    if (MODE != DENSE && thread < WARP) count_tiles<NT>(p, tiles, lane);
+    schedule.splits = p.splits;
+    if (MODE != DENSE && thread < WARP) count_tiles<NT, MODE>(p, tiles, lane);
     __syncthreads();
     schedule.total = schedule.row_tiles * (MODE == DENSE ? (p.tokens + NT - 1) / NT : tiles[p.num_experts]);
 
     if (thread >= C::CONSUMERS) {  // producer
         if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (thread >= C::CONSUMERS + WARP) return;
-        produce<C, B, MAX_B, U, G, NT, MI, WGS, KW, FLOATS>(p, schedule, x_map, sums_map, ring, bars, lane);
+        produce<C, B, MAX_B, U, G, NT, MODE, MI, WGS, KW, FLOATS>(p, schedule, x_map, sums_map, ring, bars, lane);
     } else {  // consumers
         if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         // through a shuffle, so that the compiler knows it to be the same for the whole warp, and with it the addresses of
@@ -422,35 +561,37 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
 #pragma unroll
                 for (int i = 0; i < NT / 2; ++i) acc[mi][i] = 0.f;
             const Expert expert = p.bank.expert(work.expert);
-            const int bits = B ? B : expert.word_bits;
-#define WHERE acc, ring, STAGE, bars, p.stages, stage, phase, p.records, wg, kw, lane, warp, expert.centre
-#define RUN(W)                                                                                               \
-    if constexpr (C::SCALE_AFTER)                                                                            \
-        accumulate_codes<W, U, G, BF16, NT, MI, WGS, KW, FLOATS, C::sums_at(MAX_B)>(WHERE);                  \
-    else                                                                                                     \
-        accumulate<W, U, G, BF16, NT, MI, WGS, KW>(WHERE)
-            if constexpr (B) {
-                RUN(B);
-            } else if (bits == 1) {
-                RUN(1);
-            } else if (bits == 2) {
-                RUN(2);
-            } else if (bits == 3) {
-                RUN(3);
-            } else if (bits == 4) {
-                RUN(4);
-            } else if constexpr (MAX_B == 8) {
-                RUN(8);
+            const int bits = B ? B : expert.word_bits, records = work.template records<MODE>(p);
+            const bool adds = p.addend && (!p.added_to || p.added_to[work.expert].records);
+#define WHERE acc, ring, STAGE, bars, p.stages, stage, phase, records, wg, kw, lane, warp
+#define CODES(W) accumulate_codes<W, U, G, BF16, NT, MI, WGS, KW, FLOATS, C::sums_at(MAX_B)>(WHERE)
+            if constexpr (!C::SCALE_AFTER) {
+                accumulate<B, MAX_B, U, G, BF16, NT, MI, WGS, KW>(WHERE, bits, expert.centre);
+            } else {
+                if constexpr (B) CODES(B);
+                else if (bits == 1) CODES(1);
+                else if (bits == 2) CODES(2);
+                else if (bits == 3) CODES(3);
+                else if (MAX_B == 4 || bits == 4) CODES(4);
+                else CODES(MAX_B);
             }
-#undef RUN
+#undef CODES
 #undef WHERE
             if constexpr (KW > 1) add_columns<NT, MI, WGS, KW, C::CONSUMERS>(acc, sums, wg, kw, thread);
             if (KW == 1 && MODE == DOWN) named_barrier(1, C::CONSUMERS);  // columns are there
-            if (kw == 0)
+            if (kw > 0) continue;
+            float* octets = SUMS_NEXT && p.next.to ? all_octets[turn] : nullptr;
 #pragma unroll
-                for (int mi = 0; mi < MI; ++mi)
-                    store_rows<BF16, NT, MODE>(p, work, columns, shared_address(corners[thread / WARP]),
-                                               work.row_block + (wg * MI + mi) * 4 + warp, acc[mi], lane);
+            for (int mi = 0; mi < MI; ++mi) {
+                const int block = (wg * MI + mi) * 4 + warp;
+                store_rows<BF16, NT, MODE>(p, work, columns, shared_address(corners[thread / WARP]),
+                                           octets ? octets + block * NT : nullptr, adds, work.row_block + block, acc[mi], lane);
+            }
+            if constexpr (SUMS_NEXT)
+                if (octets) {
+                    named_barrier(2, WGS * 128);
+                    store_sums<BF16, NT, C::H_UNITS>(p, work, octets, thread);
+                }
         }
     }
 }

@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// What surrounds the grouped products of many tokens: the pairs of token and expert sorted by expert, and the sum over
-// a token's experts. Both are stable and add in a fixed order, so results repeat bitwise.
+// What surrounds the grouped products of many tokens: the pairs of token and expert sorted by expert, their activations
+// in that order, and the sum over a token's experts. Sorting is stable and sums have a fixed order, so results repeat
+// bitwise.
 #include "sums.cuh"
+
+__device__ __forceinline__ long long read_id(const void* ids, int wide, int i) {
+    return wide ? ((const long long*)ids)[i] : (long long)((const int*)ids)[i];
+}
 
 struct SortArguments {
     const void* ids;  // [pairs], int64 where ids_wide, else int32; outside 0..num_experts-1: run nothing
@@ -27,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(SORT_THREADS, 1) sort_pairs(const S
     await_producers();
 #pragma unroll 8
     for (int i = threadIdx.x; i < p.count; i += SORT_THREADS) {
-        const long long id = p.ids_wide ? ((const long long*)p.ids)[i] : (long long)((const int*)p.ids)[i];
+        const long long id = read_id(p.ids, p.ids_wide, i);
         experts[i] = id >= 0 && id < p.num_experts ? u16(id) : u16(NOBODY);
     }
     __syncthreads();
@@ -74,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(SORT_THREADS, 1) sort_pairs(const S
 struct CombineArguments {
     const u16* parts;  // [tokens * slots, n], weighted
     u16* y;            // [tokens, n]
-    const void* ids;   // [tokens * slots]
+    const void* ids;   // [tokens * slots]; null: all run
     int ids_wide, slots, num_experts, n, tokens;
 };
 
@@ -88,7 +93,7 @@ template <bool BF16> __global__ void __launch_bounds__(256) combine(const Combin
         float sum[8] = {};
         for (int slot = 0; slot < p.slots; ++slot) {
             const int pair = token * p.slots + slot;
-            const long long id = p.ids_wide ? ((const long long*)p.ids)[pair] : (long long)((const int*)p.ids)[pair];
+            const long long id = p.ids ? read_id(p.ids, p.ids_wide, pair) : 0;
             if (id < 0 || id >= p.num_experts) continue;
             const uint4 v = *reinterpret_cast<const uint4*>(p.parts + (u64)pair * p.n + n);
             const u32 word[4] = {v.x, v.y, v.z, v.w};
@@ -111,27 +116,109 @@ struct PrepareArguments {
     int rows, k, slots, units, record_units, sum_floats;
 };
 
+// What `segment_sums` left in the lanes of octet `o` of a row -> `sums` [records][rows][sum_floats]; one lane a segment.
+template <int B, int G>
+__device__ __forceinline__ void store_segment(float* sums, const float (&part)[Sums<B>::FLOATS], int row, int rows, int o,
+                                              int record_units, int sum_floats) {
+    constexpr int FLOATS = Sums<B>::FLOATS, SPAN = G == 32 ? 4 : 8;
+    if (o % SPAN) return;
+    const int unit = o / 8, record = unit / record_units, segment = (o - record * record_units * 8) / SPAN;
+    float* to = sums + ((u64)record * rows + row) * sum_floats + segment * FLOATS;
+#pragma unroll
+    for (int j = 0; j < FLOATS; ++j) to[j] = part[j];
+}
+
 // Activations as `grouped` wants them: rows in sorted order, and where few tokens make a tile the sums of their segments.
 // A thread has an octet of columns.
 template <int B, int G, bool BF16> __global__ void __launch_bounds__(256) prepare_rows(const PrepareArguments p) {
-    constexpr int FLOATS = Sums<B>::FLOATS, SPAN = G == 32 ? 4 : 8;
     await_producers();
     allow_dependents();
     const int octets = 8 * p.units, rows = p.count ? *p.count : p.rows, all = rows * octets;
     for (int first = blockIdx.x * blockDim.x; first < all; first += gridDim.x * blockDim.x) {
-        const int at = first + threadIdx.x, row = at / octets, o = at - row * octets, pair = o % 8;
+        const int at = first + threadIdx.x, row = at / octets, o = at - row * octets;
         u32 octet[4] = {0, 0, 0, 0};
         if (at < all) load_octet<BF16>(octet, p.x + (u64)(p.pairs ? p.pairs[row] / p.slots : row) * p.k, 8 * o, p.k);
         if (p.sorted && at < all)
             *reinterpret_cast<uint4*>(p.sorted + (u64)at * 8) = make_uint4(octet[0], octet[1], octet[2], octet[3]);
         if (!p.sums) continue;
-        float part[FLOATS];
-        segment_sums<B, G, BF16>(part, octet, pair);
-        if (at < all && pair % SPAN == 0) {
-            const int record = o / 8 / p.record_units, segment = (o / 8 % p.record_units * 8 + pair) / SPAN;
-            float* to = p.sums + ((u64)record * p.rows + row) * p.sum_floats + segment * FLOATS;
-#pragma unroll
-            for (int j = 0; j < FLOATS; ++j) to[j] = part[j];
+        float part[Sums<B>::FLOATS] = {};
+        segment_sums<B, G, BF16>(part, octet, o % 8);
+        if (at < all) store_segment<B, G>(p.sums, part, row, p.rows, o, p.record_units, p.sum_floats);
+    }
+}
+
+// ---- both at once, for few pairs ----------------------------------------------------------------------------------
+
+struct PlaceArguments {
+    const u16* x;     // [tokens, k]
+    const void* ids;  // [tokens, slots], as `sort_pairs` takes them
+    int* first;       // [num_experts + 1]
+    int* pairs;       // [tokens * slots]
+    u16* sorted;      // [tokens * slots, 64 * units], as `prepare_rows` has it
+    float* sums;      // [records][tokens * slots][sum_floats] or null
+    int ids_wide, tokens, slots, num_experts, k, units, record_units, sum_floats;
+};
+
+constexpr int PLACE_THREADS = 256, PLACE_WARPS = PLACE_THREADS / WARP;
+constexpr int PLACE_PAIRS = 2048;  // the most
+constexpr int PLACE_SLOTS = 32;    // of a token, the most
+
+// How many of the keys are below `key`, by a warp; the last keys are filled up to whole quads with larger ones.
+__device__ __forceinline__ int count_below(const u32* keys, int quads, u32 key, int lane) {
+    int below = 0;
+    for (int i = lane; i < quads; i += WARP) {
+        const uint4 other = reinterpret_cast<const uint4*>(keys)[i];
+        below += (other.x < key) + (other.y < key) + (other.z < key) + (other.w < key);
+    }
+    return __reduce_add_sync(~0u, below);
+}
+
+// `sort_pairs` and `prepare_rows` in one launch without a sort: the place of a pair is the number of pairs before it,
+// so whoever needs one counts, and all blocks count side by side. A pair's key is (expert, pair): what is below it comes
+// before it, and what is below (expert, 0) before the expert. A token's octet is read once, while the ids are on their
+// way, and written for all of its slots.
+template <int B, int G, bool BF16> __global__ void __launch_bounds__(PLACE_THREADS) place_rows(const PlaceArguments p) {
+    __shared__ __align__(16) u32 keys[PLACE_PAIRS];
+    __shared__ int places[PLACE_SLOTS];
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, pairs = p.tokens * p.slots, quads = (pairs + 3) / 4;
+    const int octets = 8 * p.units, chunks = (octets + PLACE_THREADS - 1) / PLACE_THREADS, items = p.tokens * chunks;
+    await_producers();
+    allow_dependents();
+    u32 octet[4];
+    auto read_octet = [&](int item) {
+        const int token = item / chunks, o = item % chunks * PLACE_THREADS + threadIdx.x;
+        octet[0] = octet[1] = octet[2] = octet[3] = 0;
+        if (token < p.tokens && o < octets) load_octet<BF16>(octet, p.x + (u64)token * p.k, 8 * o, p.k);
+    };
+    read_octet(blockIdx.x);
+    for (int i = threadIdx.x; i < 4 * quads; i += PLACE_THREADS) {
+        const long long id = i < pairs ? read_id(p.ids, p.ids_wide, i) : -1;
+        keys[i] = u32(id >= 0 && id < p.num_experts ? int(id) : NOBODY) << 16 | u32(i);
+    }
+    __syncthreads();
+    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+        const int token = item / chunks, o = item % chunks * PLACE_THREADS + threadIdx.x;
+        if (item != blockIdx.x) read_octet(item);
+        for (int slot = warp; slot < p.slots; slot += PLACE_WARPS) {
+            const int pair = token * p.slots + slot;
+            const bool runs = keys[pair] >> 16 != NOBODY;
+            const int place = count_below(keys, quads, keys[pair], lane);
+            if (lane == 0) places[slot] = runs ? place : -1;
+            if (lane == 0 && runs && item % chunks == 0) p.pairs[place] = pair;
         }
+        __syncthreads();
+        float part[Sums<B>::FLOATS] = {};
+        if (p.sums) segment_sums<B, G, BF16>(part, octet, o % 8);
+        for (int slot = 0; slot < p.slots; ++slot) {
+            const int row = places[slot];
+            if (row < 0 || o >= octets) continue;
+            *reinterpret_cast<uint4*>(p.sorted + ((u64)row * octets + o) * 8) = make_uint4(octet[0], octet[1], octet[2], octet[3]);
+            if (p.sums) store_segment<B, G>(p.sums, part, row, pairs, o, p.record_units, p.sum_floats);
+        }
+        __syncthreads();
+    }
+    for (int e = blockIdx.x * PLACE_WARPS + warp; e <= p.num_experts; e += gridDim.x * PLACE_WARPS) {
+        const int before = count_below(keys, quads, u32(e) << 16, lane);
+        if (lane == 0) p.first[e] = before;
     }
 }

@@ -3,8 +3,9 @@
 
 Legend: M or T tokens, k experts a token, P = T k pairs, E experts, H hidden and I intermediate channels.
 
-    one token     gemv<GATE_UP> -> gemv<DOWN>                                                                 one.py
-    more          sort_pairs -> prepare_rows -> grouped<GATE_UP> (-> prepare_rows) -> grouped<DOWN> -> combine   many.py
+    up to 8       gemv<GATE_UP> -> gemv<DOWN>                                                                 few.py
+    more          place_rows -> grouped<GATE_UP> -> grouped<DOWN> -> combine                                  many.py
+                  (from 2049 pairs on sort_pairs -> prepare_rows first)
 
 Every launch is programmatic: a kernel starts while the one before it ends, fetches weights, and waits for the rest.
 """
@@ -12,18 +13,20 @@ Every launch is programmatic: a kernel starts while the one before it ends, fetc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from moepress.errors import KernelError
 from moepress.kernels.cuda import choose
-from moepress.kernels.cuda.bank import RecordBank
+from moepress.kernels.cuda.bank import Factors, RecordBank
 from moepress.kernels.cuda.compiler import Request, Warmed
 from moepress.kernels.cuda.compiler import warm as compile_all
-from moepress.kernels.cuda.functions import is_bf16, processors_of
+from moepress.kernels.cuda.few import few_experts, few_linear, gemv_instance
+from moepress.kernels.cuda.functions import processors_of, shared_bytes_of
 from moepress.kernels.cuda.launch import architecture
-from moepress.kernels.cuda.many import find_tile, grouped, grouped_instance, prepare, run_many
-from moepress.kernels.cuda.one import gemv, gemv_instance
+from moepress.kernels.cuda.many import find_tile, grouped, grouped_instance, prepare, rows_instance, run_many
+from moepress.kernels.cuda.many import instances as many_instances
 from moepress.kernels.records import RecordLayout
 
 MAX_EXPERTS, MAX_SLOTS = 512, 32
@@ -67,7 +70,7 @@ def why_not_experts(
 def linear(x: torch.Tensor, bank: RecordBank, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
     """x [M, K], bf16 or fp16, contiguous -> x W^T (+ bias) [M, N] in x's dtype, accumulated in float32."""
     y = x.new_empty(len(x), out_features)
-    if len(x) == 1 and gemv("DENSE", x, y, bank, out_features, bias=bias):
+    if len(x) == 1 and few_linear(x, y, bank, bias):
         return y
     columns = bank.layouts[0].padded_columns
     if columns != x.shape[1]:
@@ -85,60 +88,91 @@ def experts(
     gate_up: RecordBank,
     down: RecordBank,
     intermediate: int,
+    gate_up_factors: Factors | None = None,
+    down_factors: Factors | None = None,
 ) -> torch.Tensor:
     """x [T, H], ids [T, k] (int64 or int32), weights [T, k] (float32 or x's dtype) -> [T, H] in x's dtype.
 
-    Ids outside 0..E-1 run nothing. Each expert's result is rounded to x's dtype once and added in float32 (for one
-    token it is not rounded). KernelError for more than 512 experts.
+    Ids outside 0..E-1 run nothing; the others of one token must differ from each other. Results are added in float32,
+    each expert's rounded to x's dtype before where tokens are many. KernelError for more than 512 experts.
     """
     if (count := len(gate_up.where)) > MAX_EXPERTS:
         raise KernelError(f"CUDA kernels of experts take at most {MAX_EXPERTS} experts a layer, not {count}")
     y = torch.empty_like(x)
-    if len(x) == 1:
-        h = x.new_empty(ids.shape[1], intermediate)
-        slots = {"ids": ids, "slots": ids.shape[1]}
-        if gemv("GATE_UP", x, h, gate_up, intermediate, **slots):
-            if not gemv("DOWN", h, y, down, x.shape[1], weights=weights, **slots):
-                run_many(x, ids, weights, gate_up, down, intermediate, y)
-            return y
-    step = MAX_PAIRS // ids.shape[1]
+    banks = gate_up, down, gate_up_factors, down_factors
+    if few_experts(x, ids, weights, *banks, intermediate, y):
+        return y
+    # compensators are added through a tensor of [pairs, 2 I]: 0.9 GB for Mixtral at 16,384 pairs
+    pairs = MAX_PAIRS // 4 if gate_up_factors or down_factors else MAX_PAIRS
+    step = pairs // ids.shape[1]
     for at in range(0, len(x), step):
         part = slice(at, at + step)
-        run_many(x[part], ids[part], weights[part], gate_up, down, intermediate, y[part])
+        run_many(x[part], ids[part], weights[part], gate_up, down, intermediate, y[part], gate_up_factors, down_factors)
     return y
 
 
-def warm(
-    linears: Sequence[Sequence[RecordLayout]],
-    banks: Sequence[tuple[Sequence[RecordLayout], Sequence[RecordLayout], int]],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Warmed:
+Layouts = Sequence[RecordLayout]
+Ranked = tuple[Layouts, Layouts, int, tuple[Layouts, Layouts] | None, tuple[Layouts, Layouts] | None]
+"""Layouts of gate and up and of down, experts a token, and layouts of v and u for gate and up and for down."""
+
+
+def warm(linears: Sequence[Layouts], banks: Sequence[Ranked], dtype: torch.dtype, device: torch.device) -> Warmed:
     """Compiles, in parallel, all that these layers can need for any number of tokens; loads nothing.
 
-    `linears` are layouts of dense layers, `banks` those of gate and up, of down, and the experts a token.
+    `linears` are layouts of dense layers.
     """
-    arch, processors = architecture(device), processors_of(device.index)
-    requests = set()
-    for layouts in linears:
-        requests |= set(_instances("DENSE", choose.Bank(tuple(layouts)), dtype, 1, processors))
-    for gate_up, down, slots in banks:
-        requests |= set(_instances("GATE_UP", choose.Bank(tuple(gate_up)), dtype, slots, processors))
-        requests |= set(_instances("DOWN", choose.Bank(tuple(down)), dtype, slots, processors))
-        requests |= {("route.cu", "sort_pairs"), ("route.cu", f"combine<{is_bf16(dtype)}>")}
+    instances = _Instances(dtype, processors_of(device.index), shared_bytes_of(device.index))
+    requests = {each for layouts in linears for each in instances.linear(layouts)}
+    requests |= {each for bank in banks for each in instances.experts(*bank)}
+    arch = architecture(device)
     return compile_all(Request(source, instance, arch) for source, instance in sorted(requests))
 
 
-def _instances(
-    mode: choose.Mode, bank: choose.Bank, dtype: torch.dtype, slots: int, processors: int
-) -> Iterator[tuple[str, str]]:
-    blocks = bank.row_blocks * (slots if mode == "GATE_UP" else 1)
-    yield "gemv.cu", gemv_instance(mode, bank, dtype, blocks, processors)
-    yield "route.cu", f"prepare_rows<{bank.uniform_bits}, {bank.any.group_size}, {is_bf16(dtype)}>"
-    for tokens in (2, 16, 64, 1024):
-        dense = mode == "DENSE"
-        tiles = choose.dense_tiles(bank, tokens, processors) if dense else choose.expert_tiles(bank, tokens)
-        yield "grouped.cu", grouped_instance(mode, bank, dtype, tiles[0])
+Instances = Iterator[tuple[str, str]]
 
 
-__all__ = ["RecordBank", "experts", "linear", "warm", "why_not_experts", "why_not_linear"]
+@dataclass(frozen=True)
+class _Instances:
+    """Pairs of source and instance that layers can need."""
+
+    dtype: torch.dtype
+    processors: int
+    shared: int
+    """Bytes that a block may have."""
+
+    def linear(self, layouts: Layouts) -> Instances:
+        bank = choose.Bank(tuple(layouts))
+        yield from self._few("DENSE", bank, None, 1, 1)
+        yield "route.cu", rows_instance("prepare_rows", bank, self.dtype)
+        for tokens in (2, 16, 64, 1024):
+            tile = choose.dense_tiles(bank, tokens, self.processors)[0]
+            yield "grouped.cu", grouped_instance("DENSE", bank, self.dtype, tile)
+
+    def experts(
+        self,
+        gate_up: Layouts,
+        down: Layouts,
+        slots: int,
+        gate_up_factors: tuple[Layouts, Layouts] | None = None,
+        down_factors: tuple[Layouts, Layouts] | None = None,
+    ) -> Instances:
+        for mode, layouts, factors in (("GATE_UP", gate_up, gate_up_factors), ("DOWN", down, down_factors)):
+            bank = choose.Bank(tuple(layouts))
+            ranks = choose.ranks(factors[0][0], factors[1][0]) if factors else None
+            for tokens in range(1, choose.COLUMNS + 1):
+                yield from self._few(mode, bank, ranks, tokens, slots)
+        banks = choose.Bank(tuple(gate_up)), choose.Bank(tuple(down))
+        kinds = [choose.Bank(tuple(each)) for both in (gate_up_factors, down_factors) if both for each in both]
+        yield from many_instances(*banks, kinds, self.dtype)
+
+    def _few(
+        self, mode: choose.Mode, bank: choose.Bank, ranks: choose.Ranks | None, tokens: int, slots: int
+    ) -> Instances:
+        for team in choose.gemv_teams(mode, bank, tokens, slots, self.processors):
+            room = choose.gemv_room(mode, bank, ranks, tokens, slots, team)
+            if room.stages(self.shared - choose.GEMV_STATIC):
+                yield "gemv.cu", gemv_instance(mode, bank, ranks, self.dtype, tokens, team)
+                return
+
+
+__all__ = ["Factors", "RecordBank", "experts", "linear", "warm", "why_not_experts", "why_not_linear"]

@@ -39,12 +39,17 @@ template <int B, bool BF16> __device__ __forceinline__ float base_of(int pair) {
     return x;
 }
 
-// Sums over the segment of `pair`'s octet of columns: {sum x, -sum base x, ...} in every lane of the segment. All lanes.
-template <int B, int G, bool BF16>
-__device__ __forceinline__ void segment_sums(float (&part)[Sums<B>::FLOATS], const u32 (&octet)[4], int pair) {
+template <bool BF16> __device__ __forceinline__ float sum_octet(const u32 (&octet)[4]) {
     float sum = 0.f;
 #pragma unroll
     for (int t = 0; t < 4; ++t) sum += Half<BF16>::lo(octet[t]) + Half<BF16>::hi(octet[t]);
+    return sum;
+}
+
+// Sums over the segment of `pair`'s octet of columns: {sum x, -sum base x, ...} in every lane of the segment. All lanes.
+template <int B, int G, bool BF16>
+__device__ __forceinline__ void segment_sums(float (&part)[Sums<B>::FLOATS], const u32 (&octet)[4], int pair) {
+    const float sum = sum_octet<BF16>(octet);
     part[0] = sum;
     if constexpr (B) {
         part[1] = -base_of<B, BF16>(pair) * sum;

@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moepress.kernels.banks import Weights, aligned, needs_operation, no_gradient, rebuild, why_not_here
+from moepress.kernels.banks import (
+    FactorWeights,
+    Weights,
+    aligned,
+    factor_arguments,
+    needs_operation,
+    no_gradient,
+    ready_factors,
+    rebuild,
+    rebuild_factors,
+    why_not_here,
+)
+from moepress.kernels.cuda.bank import Factors
+from moepress.kernels.factors import why_not_records
 from moepress.kernels.problem import Problem
 
 if TYPE_CHECKING:
@@ -16,11 +29,13 @@ if TYPE_CHECKING:
 
 def why_not(problem: Problem) -> str | None:
     """None where the kernels can run, else the reason they cannot."""
-    if problem.rank:
-        return "compensators of experts have no kernel yet"
-    for name, layouts in (("gate and up", problem.layouts), ("down", problem.down)):
+    for name, layouts, compensated in (
+        ("gate and up", problem.layouts, problem.compensated), ("down", problem.down, problem.compensated_down)
+    ):  # fmt: skip
         if len(sizes := {layout.group_size for layout in layouts}) > 1:
             return f"the experts of one layer have several group sizes ({name}: {', '.join(map(str, sorted(sizes)))})"
+        if reason := why_not_records(compensated, layouts[0].columns):
+            return f"compensators of experts run from records alone ({name}: {reason})"
     if reason := why_not_here(problem):
         return reason
     from moepress.kernels.cuda import run
@@ -39,6 +54,8 @@ def packed_experts(
     gate_up: Weights,
     down: Weights,
     intermediate: int,
+    gate_up_factors: FactorWeights | None = None,
+    down_factors: FactorWeights | None = None,
 ) -> torch.Tensor:
     """x [T, H] in bf16 or fp16, ids and weights [T, k] -> [T, H]; ids outside the bank mean "run nothing".
 
@@ -48,16 +65,27 @@ def packed_experts(
     ids = ids if ids.dtype in (torch.int64, torch.int32) else ids.long()
     weights = weights if weights.dtype in (torch.float32, x.dtype) else weights.float()
     if needs_operation():
-        return experts_op(x, ids, weights, *gate_up[:3], *down[:3], intermediate)
-    return _experts(x, ids, weights, gate_up.bank, down.bank, intermediate)
+        factors = *factor_arguments(gate_up_factors), *factor_arguments(down_factors)
+        return experts_op(x, ids, weights, *gate_up[:3], *down[:3], intermediate, *factors)
+    ready = ready_factors(gate_up_factors), ready_factors(down_factors)
+    return _experts(x, ids, weights, gate_up.bank, down.bank, intermediate, *ready)
 
 
 def _experts(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate_up: RecordBank, down: RecordBank, intermediate: int
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: RecordBank,
+    down: RecordBank,
+    intermediate: int,
+    gate_up_factors: Factors | None,
+    down_factors: Factors | None,
 ) -> torch.Tensor:
+    if not len(x):
+        return torch.empty_like(x)
     from moepress.kernels.cuda import run
 
-    return run.experts(aligned(x), ids, weights, gate_up, down, intermediate) if len(x) else torch.empty_like(x)
+    return run.experts(aligned(x), ids, weights, gate_up, down, intermediate, gate_up_factors, down_factors)
 
 
 @torch.library.custom_op("moepress::experts", mutates_args=())
@@ -72,10 +100,16 @@ def experts_op(
     down_table: torch.Tensor,
     down_text: str,
     intermediate: int,
+    gate_up_factors: list[torch.Tensor],
+    gate_up_factors_text: str,
+    down_factors: list[torch.Tensor],
+    down_factors_text: str,
 ) -> torch.Tensor:
-    """x [T, H], ids and weights [T, k] -> [T, H]; records, table and text as in `Weights`."""
+    """x [T, H], ids and weights [T, k] -> [T, H]; others as in `Weights` and `factor_arguments`."""
     gate_up = rebuild(gate_up_records, gate_up_table, gate_up_text)
-    return _experts(x, ids, weights, gate_up, rebuild(down_records, down_table, down_text), intermediate)
+    down = rebuild(down_records, down_table, down_text)
+    factors = rebuild_factors(gate_up_factors, gate_up_factors_text), rebuild_factors(down_factors, down_factors_text)
+    return _experts(x, ids, weights, gate_up, down, intermediate, *factors)
 
 
 @experts_op.register_fake

@@ -10,7 +10,8 @@ from torch.nn.functional import linear
 
 from moepress.format.spec import WeightSpec
 from moepress.format.weight import Parts, dequantize_factors
-from moepress.kernels.banks import Weights, aligned, needs_operation, no_gradient, rebuild, why_not_here
+from moepress.kernels.banks import FactorWeights, Weights, aligned, needs_operation, no_gradient, rebuild, why_not_here
+from moepress.kernels.factors import stored_rank
 from moepress.kernels.problem import Problem
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def packed_linear(
     x: torch.Tensor,
     weights: Weights,
     spec: WeightSpec,
-    factors: Parts | tuple[Weights, Weights],
+    factors: Parts | FactorWeights,
     out_features: int,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -40,9 +41,8 @@ def packed_linear(
     """
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     y = _multiply(flat, weights, None if bias is None else bias.to(x.dtype), out_features)
-    if spec.rank and isinstance(factors, tuple):
-        v, u = factors
-        y += _multiply(_multiply(flat, v, None, spec.rank), u, None, out_features)
+    if spec.rank and isinstance(factors, FactorWeights):
+        y += _multiply(_multiply(flat, factors.v, None, stored_rank(spec.rank)), factors.u, None, out_features)
     elif spec.rank:
         u, v = dequantize_factors(factors, spec, out_features, x.shape[-1])
         y += linear(linear(flat, v.to(x.dtype)), u.to(x.dtype))

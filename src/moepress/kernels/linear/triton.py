@@ -57,6 +57,8 @@ def why_not(device: torch.device, dtype: torch.dtype, bits: int) -> str | None:
         return "Triton's interpreter does not know bfloat16" if dtype == torch.bfloat16 else None
     if device.type != "cuda":
         return f"Triton kernels need a GPU, and this layer is on {device.type}"
+    if dtype == torch.float32:  # one accumulator for all columns: 10 times torch's error on an H200, K = 2048
+        return "Triton kernels take bfloat16 and float16 on a GPU, and float32 in the interpreter alone"
     return _why_not_gpu(device)
 
 

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches `gemv`: one token, or up to eight, through a matrix or through the experts that they chose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from moepress.kernels.cuda import choose
+from moepress.kernels.cuda.bank import Factors, RecordBank, structure
+from moepress.kernels.cuda.functions import address, find_kernel, is_bf16, processors_of, shared_bytes_of
+from moepress.kernels.cuda.launch import Function
+
+_Arguments = structure(
+    "_Arguments", "x y bias", "ids weights",
+    "ids_wide weights_wide tokens slots num_experts n k records row_blocks stages",
+)  # fmt: skip
+_Compensators = structure("_Compensators", "v u t counters", "", "columns v_row_blocks v_records u_records")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    function: Function
+    team: choose.Team
+    stages: int
+    shared: int
+
+
+def few_linear(x: torch.Tensor, y: torch.Tensor, bank: RecordBank, bias: torch.Tensor | None) -> bool:
+    """x [M <= 8, K] W^T (+ bias) into y [M, N]; False, and nothing launched, where x needs too much shared memory."""
+    if not (plan := _plan("DENSE", bank.shape, None, x.dtype, len(x), 1, x.device.index)):
+        return False
+    _launch(plan, x, y, bank, None, None, None, len(x), 1, y.shape[1], bias)
+    return True
+
+
+def few_experts(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: RecordBank,
+    down: RecordBank,
+    gate_up_factors: Factors | None,
+    down_factors: Factors | None,
+    intermediate: int,
+    y: torch.Tensor,
+) -> bool:
+    """A layer of experts for up to eight tokens, in two launches; False, and none, where it does not fit.
+
+    The ids of one token must differ from each other, except for those that name no expert.
+    """
+    tokens, slots = ids.shape
+    if tokens > 1 and (tokens > choose.COLUMNS or tokens * slots > choose.MAX_PAIRS):
+        return False
+    shape = tokens, slots, x.device.index
+    plans = [
+        _plan(mode, bank.shape, factors and _ranks(factors), x.dtype, *shape)
+        for mode, bank, factors in (("GATE_UP", gate_up, gate_up_factors), ("DOWN", down, down_factors))
+    ]
+    if plans[0] is None or plans[1] is None:
+        return False
+    h = x.new_empty(tokens * slots, intermediate)
+    _launch(plans[0], x, h, gate_up, gate_up_factors, ids, None, tokens, slots, intermediate)
+    _launch(plans[1], h, y, down, down_factors, ids, weights, tokens, slots, x.shape[1])
+    return True
+
+
+@cache
+def _plan(
+    mode: choose.Mode,
+    bank: choose.Bank,
+    ranks: choose.Ranks | None,
+    dtype: torch.dtype,
+    tokens: int,
+    slots: int,
+    device: int,
+) -> _Plan | None:
+    """The first team of warps whose rings of two records or more fit beside its inputs; None: no team's do."""
+    for team in choose.gemv_teams(mode, bank, tokens, slots, processors_of(device)):
+        function, static = find_kernel("gemv.cu", gemv_instance(mode, bank, ranks, dtype, tokens, team), device)
+        room = choose.gemv_room(mode, bank, ranks, tokens, slots, team)
+        if stages := room.stages(shared_bytes_of(device) - static):
+            return _Plan(function, team, stages, room.total(stages))
+    return None
+
+
+def gemv_instance(
+    mode: choose.Mode, bank: choose.Bank, ranks: choose.Ranks | None, dtype: torch.dtype, tokens: int, team: choose.Team
+) -> str:
+    columns = 1 if tokens == 1 else choose.COLUMNS
+    factors = f"{ranks.bits}, {ranks.units}" if ranks else "0, 0"
+    return f"gemv<{bank.template}, {is_bf16(dtype)}, {columns}, {mode}, {team.warps}, {team.groups}, {factors}>"
+
+
+def _launch(
+    plan: _Plan,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    bank: RecordBank,
+    factors: Factors | None,
+    ids: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    tokens: int,
+    slots: int,
+    columns: int,
+    bias: torch.Tensor | None = None,
+) -> None:
+    shape, layout = bank.shape, bank.shape.any
+    arguments = _Arguments(
+        x.data_ptr(), y.data_ptr(), address(bias), bank.argument, address(ids), address(weights),
+        int(ids is not None and ids.dtype == torch.int64), int(weights is not None and weights.dtype == torch.float32),
+        tokens, slots, len(bank.where), columns, x.shape[1], layout.records_per_row_block, shape.row_blocks,
+        plan.stages,
+    )  # fmt: skip
+    compensators, blocks = _Compensators(), processors_of(x.device.index)
+    if factors:
+        v, u = factors.v.shape, factors.u.shape.any
+        t = x.new_empty(tokens * slots, v.any.rows)
+        compensators = _Compensators(
+            factors.v.table.data_ptr(), factors.u.table.data_ptr(), t.data_ptr(), factors.v.counters.data_ptr(),
+            v.any.rows, v.row_blocks, v.any.records_per_row_block, u.records_per_row_block,
+        )  # fmt: skip
+    else:
+        blocks = min(blocks, shape.row_blocks * (slots * tokens if ids is not None and weights is None else 1))
+    plan.function.launch(
+        blocks, 32 * plan.team.warps * plan.team.groups, plan.shared, (arguments, compensators), programmatic=True
+    )
+
+
+def _ranks(factors: Factors) -> choose.Ranks:
+    return choose.ranks(factors.v.layouts[0], factors.u.layouts[0])

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sorted path of experts by itself: odd shapes, two group sizes, compensators, and its short cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from moepress.kernels.records import (
+    RecordLayout,
+    deinterleave,
+    dequantize_records,
+    interleaved_rows,
+    pack_records,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none"),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer of random experts. Widths and ranks are taken in turn; rank None: an expert without compensator."""
+
+    experts: int
+    chosen: int
+    hidden: int
+    inner: int
+    bits: tuple[int, ...] = (3,)
+    down_bits: tuple[int, ...] = (3,)
+    group_size: int = 64
+    down_group_size: int = 64
+    ranks: tuple[int | None, ...] = ()
+    factor_bits: int = 4
+    dtype: torch.dtype = torch.bfloat16
+
+
+CASES = {
+    "ragged": Case(6, 2, 136, 40),
+    "a unit and a bit": Case(5, 3, 192, 72, dtype=torch.float16),
+    "groups of 32 in down alone": Case(8, 2, 256, 320, down_group_size=32),
+    "groups of 128 in gate and up alone": Case(8, 2, 512, 192, group_size=128),
+    "widths that differ": Case(8, 2, 256, 448, bits=(2,), down_bits=(8,)),
+    "down alone mixed": Case(9, 2, 128, 136, down_bits=(1, 2, 3, 4), down_group_size=32),
+    "all mixed, also bytes": Case(7, 2, 128, 200, bits=(1, 2, 3, 4, 5), down_bits=(8, 3, 1), dtype=torch.float16),
+    "long rows": Case(4, 2, 1600, 1664, bits=(4,), down_bits=(2,)),
+    "many experts": Case(300, 8, 64, 64),
+    "compensated": Case(6, 2, 256, 192, ranks=(32,)),
+    "compensated, ranks that differ": Case(8, 2, 512, 320, ranks=(None, 64, 8, 16), factor_bits=3),
+    "compensated, most without": Case(6, 2, 136, 40, ranks=(None, None, 16), factor_bits=8, dtype=torch.float16),
+    "compensated, mixed, long": Case(4, 2, 1600, 1664, bits=(2, 3), down_bits=(3, 4), ranks=(128, None)),
+}
+TOKENS = (9, 33, 180, 700, 1100)
+"""Tiles of 8, 32, 96 and 128 tokens in cases of few experts; up to 2048 pairs and more."""
+by_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def halves(case: Case) -> tuple[tuple[int, int, tuple[int, ...], int], ...]:
+    """Rows, columns, widths and group size of gate and up, and of down."""
+    return (
+        (interleaved_rows(case.inner), case.hidden, case.bits, case.group_size),
+        (case.hidden, case.inner, case.down_bits, case.down_group_size),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    """All kernels of this file side by side."""
+    from moepress.kernels.cuda import choose, compiler, many
+    from moepress.kernels.cuda.launch import architecture
+
+    requests = set()
+    for case in CASES.values():
+        banks, factors = [], []
+        for half, (n, k, widths, group_size) in enumerate(halves(case)):
+            banks.append(choose.Bank(tuple(RecordLayout(n, k, bits, group_size) for bits in sorted(set(widths)))))
+            if most := (2 - half) * max((rank or 0 for rank in case.ranks), default=0):
+                factors += [
+                    choose.Bank((RecordLayout(*shape, case.factor_bits, 64),)) for shape in ((most, k), (n, most))
+                ]
+        for source, instance in many.instances(*banks, factors, case.dtype):
+            requests.add(compiler.Request(source, instance, architecture()))
+    compiler.warm(sorted(requests, key=str))
+
+
+class Layer(NamedTuple):
+    """Banks, and their matrices [E, rows, columns] in float64 with compensators added."""
+
+    banks: tuple[Any, Any]
+    factors: tuple[Any, Any]
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+def random_bank(
+    rows: int, columns: int, widths: Sequence[int | None], group_size: int, live_rows: Sequence[int | None], seed: int
+) -> tuple[Any, torch.Tensor]:
+    """A bank of an expert for each width, none for None, and its matrices, with zeros below the `live_rows`."""
+    from moepress.kernels.cuda.run import RecordBank
+
+    generator = torch.Generator("cuda").manual_seed(seed)
+    layouts = [RecordLayout(rows, columns, bits, group_size) for bits in sorted({b for b in widths if b})]
+    records, where = [], [None] * len(widths)
+    matrices = torch.zeros(len(widths), rows, columns, dtype=torch.float64, device="cuda")
+    for which, layout in enumerate(layouts):
+        full, mine = 2**layout.bits, [e for e, bits in enumerate(widths) if bits == layout.bits]
+        codes = torch.randint(0, full, (len(mine), rows, columns), generator=generator, device="cuda").to(torch.uint8)
+        scale, zero = torch.rand(2, len(mine), rows, layout.groups, generator=generator, device="cuda")
+        scale = 3.5 / columns**0.5 / full * (0.5 + scale)
+        for slot, e in enumerate(mine):
+            where[e] = which, slot
+            scale[slot, rows if live_rows[e] is None else live_rows[e] :] = 0
+        records.append(pack_records(codes, scale.half(), (full * (0.3 + 0.4 * zero)).half(), layout))
+        matrices[mine] = dequantize_records(records[-1], layout).double()
+    return RecordBank.build(records, layouts, where), matrices
+
+
+def random_factors(rows: int, columns: int, case: Case, sides: int, seed: int) -> tuple[Any, torch.Tensor]:
+    """Compensators of a half of a layer, of two sides or one, and the matrices that they add."""
+    from moepress.kernels.cuda.run import Factors
+
+    ranks = [case.ranks[e % len(case.ranks)] for e in range(case.experts)]
+    most, widths = sides * max(rank or 0 for rank in ranks), [case.factor_bits if rank else None for rank in ranks]
+    v, v_matrices = random_bank(most, columns, widths, 64, [sides * (rank or 0) for rank in ranks], seed)
+    u, u_matrices = random_bank(rows, most, widths, 64, [None] * case.experts, seed + 1)
+    return Factors(v, u), u_matrices @ v_matrices
+
+
+def make(case: Case) -> Layer:
+    banks, factors, matrices = [], [], []
+    for half, (n, k, widths, group_size) in enumerate(halves(case)):
+        every = [widths[e % len(widths)] for e in range(case.experts)]
+        bank, matrix = random_bank(n, k, every, group_size, [None] * case.experts, 10 * half)
+        both, added = random_factors(n, k, case, 2 - half, 10 * half + 1) if case.ranks else (None, 0.0)
+        banks.append(bank)
+        factors.append(both)
+        matrices.append(matrix + added)
+    return Layer(tuple(banks), tuple(factors), *matrices)
+
+
+def inputs(case: Case, tokens: int, *, nobody: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.rand(tokens, case.experts, generator=generator).topk(case.chosen).indices
+    ids = torch.where(torch.rand(ids.shape, generator=generator) < nobody, -1, ids)
+    x = torch.randn(tokens, case.hidden, generator=generator)
+    return x.to("cuda", case.dtype), ids.cuda(), 0.1 + torch.rand(ids.shape, generator=generator).cuda()
+
+
+def run(case: Case, layer: Layer, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The kernels, in memory full of NaN: of large blocks and of those that small tensors share."""
+    from moepress.kernels.cuda import many
+
+    y = torch.full_like(x, float("nan"))
+    nan = [torch.full((size,), float("nan"), device="cuda") for size in (1 << 26, *[1 << 17] * 64)]
+    del nan
+    many.run_many(x, ids, weights, *layer.banks, case.inner, y, *layer.factors)
+    return y
+
+
+def plain(
+    case: Case, layer: Layer, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """The same with torch's products of dequantised matrices in `dtype`."""
+    x, y = x.to(dtype), torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    for e in ids.unique().tolist():
+        if e < 0:
+            continue
+        token, slot = (ids == e).nonzero(as_tuple=True)
+        gate, up = deinterleave(layer.gate_up[e].to(dtype), case.inner)
+        h = torch.nn.functional.silu(x[token] @ gate.T) * (x[token] @ up.T)
+        part = weights[token, slot, None].to(dtype) * (h @ layer.down[e].to(dtype).T)
+        y.index_add_(0, token, part.double())
+    return y.to(dtype)
+
+
+@by_case
+def test_against_float64(case: Case) -> None:
+    """At most twice the error of torch in the same dtype, and the same bits again."""
+    layer = make(case)
+    for tokens in TOKENS:
+        for nobody in (0.0, 0.6):
+            x, ids, weights = inputs(case, tokens, nobody=nobody)
+            y, truth = run(case, layer, x, ids, weights), plain(case, layer, x, ids, weights, torch.float64)
+            error, yardstick = (
+                (found.double() - truth).abs() for found in (y, plain(case, layer, x, ids, weights, case.dtype))
+            )
+            what = f"{tokens} tokens, {nobody} to nobody"
+            assert y.isfinite().all(), what
+            rms, bound = error.square().mean().sqrt(), 2 * yardstick.square().mean().sqrt()
+            assert rms <= bound, f"{what}: rms {rms:.3g}, at most {bound:.3g}"
+            assert error.max() <= 2 * yardstick.max() + 1e-6 * truth.abs().max(), what
+            assert torch.equal(run(case, layer, x, ids, weights), y), f"{what}: not bitwise repeatable"
+            assert torch.equal(run(case, layer, x, ids.int(), weights), y), f"{what}: ids as int32"
+
+
+@by_case
+@pytest.mark.parametrize("tokens", [9, 180])
+def test_short_cuts_change_no_bit(case: Case, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Placing rows without a sort, and sums of the intermediate taken where it is made."""
+    from moepress.kernels.cuda import choose, many
+
+    layer, given = make(case), inputs(case, tokens, nobody=0.1)
+    y = run(case, layer, *given)
+    monkeypatch.setattr(many, "PLACE_PAIRS", 0)
+    assert torch.equal(run(case, layer, *given), y)
+    monkeypatch.setattr(choose.Tile, "sums_results", False)
+    assert torch.equal(run(case, layer, *given), y)
+
+
+@pytest.mark.parametrize("pairs", [1, 31, 257, 2048])
+@pytest.mark.parametrize("experts", [1, 8, 127, 512])
+def test_places_are_those_of_a_stable_sort(pairs: int, experts: int) -> None:
+    from moepress.kernels.cuda import many
+
+    bank, _ = random_bank(64, 72, [3], 32, [None], 0)
+    bank = many.RecordBank(bank.records, bank.layouts, (None,) * experts, bank.table)
+    generator = torch.Generator().manual_seed(pairs)
+    ids = torch.randint(-1, experts + 1, (pairs, 1), generator=generator).cuda()
+    x = torch.randn(pairs, 72, generator=generator).to("cuda", torch.bfloat16)
+    x_sorted, sums, route = many.sort_rows(x, ids, bank, wants_sums=True)
+    runs = (ids[:, 0] >= 0) & (ids[:, 0] < experts)
+    order = torch.where(runs, ids[:, 0], experts).sort(stable=True).indices[: runs.sum()]
+    assert torch.equal(route.pairs[: len(order)].long(), order)
+    counts = torch.bincount(ids[runs, 0], minlength=experts)
+    assert route.first.tolist() == [0, *counts.cumsum(0).tolist()]
+    assert torch.equal(x_sorted[: len(order), :72], x[order]) and not x_sorted[: len(order), 72:].any()
+    assert sums is not None
+    segments = torch.nn.functional.pad(x[order].float(), (0, 56)).unflatten(1, (-1, 32)).sum(-1)
+    found = sums[:, : len(order)].transpose(0, 1).flatten(1).unflatten(1, (-1, 2))[..., 0]
+    torch.testing.assert_close(found, segments, atol=1e-4, rtol=1e-4)
