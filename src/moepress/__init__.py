@@ -12,6 +12,7 @@ from moepress.pipeline import compress_checkpoint
 from moepress.plan.plan import Plan
 from moepress.plan.settings import Settings
 from moepress.planning import plan_budget, plan_by_pmq, plan_checkpoint
+from moepress.pruning.attach import set_pruning_dial
 from moepress.verify import verify_checkpoint
 from moepress.version import __version__
 
@@ -25,6 +26,7 @@ __all__ = [
     "plan_budget",
     "plan_by_pmq",
     "plan_checkpoint",
+    "set_pruning_dial",
     "verify_checkpoint",
     "warmup",
 ]

@@ -40,3 +40,7 @@ class CalibrationError(MoepressError):
 
 class KernelError(MoepressError):
     """A CUDA kernel cannot be compiled, loaded or launched."""
+
+
+class PruningError(MoepressError):
+    """Expert pruning cannot be done so: rules that do not fit the model, or a model that has nothing to prune."""

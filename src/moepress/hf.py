@@ -5,8 +5,8 @@ Only hooks that are the same in transformers 5.15 to 5.23 are overridden. Import
 does) registers; a second import does nothing.
 
 The guard: transformers ignores a quant_method it does not know, and would run with random experts. Compressed folders
-therefore ask in config.json for an experts implementation whose *name* is the instruction below; without moepress
-every transformers 5 refuses to build the model and prints that name.
+therefore ask in config.json for an experts implementation whose *name* is an instruction (EXPERTS_GUARD); without
+moepress every transformers 5 refuses to build the model and prints that name.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moepress.checkpoint.reader import CheckpointReader
 from moepress.errors import CheckpointError
-from moepress.format.manifest import QUANT_METHOD, Manifest
+from moepress.format.manifest import EXPERTS_GUARD, QUANT_METHOD, Manifest
 from moepress.graph.families import family_of
 from moepress.graph.view import Family
+from moepress.pruning.rule import Rule
+from moepress.pruning.stored import PRUNING, attach_stored, read_rules
 from moepress.runtime.build import check_claims, check_files, check_shapes, install
 from moepress.runtime.warmup import compile_kernels, prepare
-
-EXPERTS_GUARD = "moepress; this checkpoint needs: pip install moepress, then `import moepress` before loading it"
 
 
 class MoepressConfig(QuantizationConfigMixin):
@@ -65,8 +65,11 @@ class MoepressQuantizer(HfQuantizer):
         family = family_of(model.config.model_type)
         name_of = _namer(model, family)
         install(model, manifest, name_of)
+        self._rules: dict[str, Rule] = {}
         if checkpoint_files:
-            _check_against_files(model, manifest, checkpoint_files, name_of)
+            with CheckpointReader(_folder_of(checkpoint_files)) as reader:
+                _check_against_files(model, manifest, reader, name_of)
+                self._rules = _stored_rules(model.config, reader)
         model.config.quantization_config = self.quantization_config
         self._dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
@@ -74,6 +77,8 @@ class MoepressQuantizer(HfQuantizer):
         _restore_dtypes(model, self._dtypes)
         # serialised with the config, so that a saved copy is guarded too
         model.config.experts_implementation = EXPERTS_GUARD
+        if self._rules:
+            attach_stored(model, self._rules)
         self.compileable = _settle(model, model.dtype)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -129,12 +134,27 @@ def _namer(model: Any, family: Family) -> Callable[[str], str | None]:
     return name_of
 
 
-def _check_against_files(model: Any, manifest: Manifest, files: Any, name_of: Callable[[str], str | None]) -> None:
+def _folder_of(files: Any) -> str:
     folders = {str(file).rpartition("/")[0] for file in files}
     if len(folders) != 1:
         raise CheckpointError(f"the weights lie in several folders ({', '.join(sorted(folders))}); moepress reads one")
-    with CheckpointReader(folders.pop()) as reader:
-        found = {name: (info.dtype, info.shape) for name, info in reader.tensors.items()}
+    return folders.pop()
+
+
+def _stored_rules(config: Any, reader: CheckpointReader) -> dict[str, Rule]:
+    """Which experts tokens run, unless `pruning=False` was given; none for a folder without rules."""
+    if not getattr(config, PRUNING, None):
+        return {}
+    entry = reader.config.get(PRUNING)
+    if not entry:
+        raise CheckpointError(f"{reader.folder} has no rules, so pruning cannot be switched on; see `train-pruning`")
+    return read_rules(reader.folder, entry)
+
+
+def _check_against_files(
+    model: Any, manifest: Manifest, reader: CheckpointReader, name_of: Callable[[str], str | None]
+) -> None:
+    found = {name: (info.dtype, info.shape) for name, info in reader.tensors.items()}
     check_files(manifest.stored(), found)
     names = {name_of(stored): stored for stored in found}
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -14,15 +13,12 @@ from typing import Any
 
 from moepress.checkpoint.layout import Layout
 from moepress.checkpoint.reader import CONFIG, INDEX, read_json
+from moepress.checkpoint.side import SIDE_MANIFEST, SIDE_VERSION, file_entry, json_bytes, seal, sha256
 from moepress.errors import ResumeError
-from moepress.format.manifest import Manifest
+from moepress.format.manifest import EXPERTS_GUARD, Manifest
 from moepress.graph.view import WeightRef
-from moepress.hf import EXPERTS_GUARD
 from moepress.plan.plan import Plan
 from moepress.source import Source
-
-SIDE_MANIFEST = "moepress.json"
-SIDE_VERSION = 1
 
 
 def summarise(src: Source, plan: Plan, layout: Layout) -> dict[str, Any]:
@@ -61,7 +57,7 @@ def target_files(
     summary = summarise(src, plan, layout)
     files = {path.name: path.read_bytes() for path in src.copied_files()}
     files["README.md"] = _model_card(src, plan, summary).encode()
-    files[CONFIG] = _json(_target_config(src, manifest))
+    files[CONFIG] = json_bytes(_target_config(src, manifest))
     if index := layout.index():
         files[INDEX] = index
     side = {
@@ -71,19 +67,14 @@ def target_files(
         # without its notes: equal decisions give equal bytes, however they were asked for
         "plan": json.loads(replace(plan, notes={}, statistics="").to_json()),
         "errors": dict(errors),
-        "files": {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in sorted(files.items())},
+        "files": {name: file_entry(data) for name, data in sorted(files.items())},
         "shards": {
-            name: {"bytes": layout.sizes[name], "header_sha256": _sha256(header)}
+            name: {"bytes": layout.sizes[name], "header_sha256": sha256(header)}
             for name, header in layout.headers.items()
         },
         "tensors": dict(tensor_digests),
     }
     return files | {SIDE_MANIFEST: seal(side)}
-
-
-def seal(side: Mapping[str, Any]) -> bytes:
-    """The text of moepress.json, which ends in the digest of what is before it."""
-    return _json({**side, "sha256": _sha256(_json(side))})
 
 
 def already_complete(target: Path, fingerprint: Mapping[str, str]) -> dict[str, float] | None:
@@ -172,11 +163,3 @@ Compressed weights take {bpw} bits each, scales, zeros and compensators counted;
 ({tensor_bytes:,} bytes, from {source_bytes:,}). moepress.json holds the whole plan, the error of each weight and the
 digests that `moepress verify` checks.
 """
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

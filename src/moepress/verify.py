@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from moepress.checkpoint.reader import CONFIG, CheckpointReader, read_json
+from moepress.checkpoint.side import SIDE_MANIFEST, SIDE_VERSION, seal
 from moepress.errors import CheckpointError, PlanError
 from moepress.format.manifest import Manifest
 from moepress.graph.view import WeightRef
 from moepress.plan.plan import Plan, check_plan, manifest_of
 from moepress.progress import Progress, silent
 from moepress.quantize.job import relative_error
-from moepress.report import SIDE_MANIFEST, SIDE_VERSION, seal
 from moepress.source import Source, open_source
 
 

@@ -114,12 +114,7 @@ class CheckpointWriter:
         """Makes the folder appear under its final name; everything is on disk by then."""
         with self._disk_errors():
             self._sync()
-            for path in self.out.iterdir():
-                _fsync(path)
-            _fsync(self.out)
-            refuse_existing(self.target)
-            os.rename(self.out, self.target)
-            _fsync(self.target.parent)
+            publish_folder(self.out, self.target)
         shutil.rmtree(self.work)
 
     def discard(self) -> None:
@@ -243,6 +238,16 @@ def refuse_existing(target: Path) -> None:
     """Raises CheckpointError unless the target's name is free."""
     if target.exists() or target.is_symlink():
         raise CheckpointError(f"{target} exists; remove it or name another target")
+
+
+def publish_folder(out: Path, target: Path) -> None:
+    """Puts a finished folder on disk and makes it appear as `target`, whose name must be free."""
+    for path in out.iterdir():
+        _fsync(path)
+    _fsync(out)
+    refuse_existing(target)
+    os.rename(out, target)
+    _fsync(target.parent)
 
 
 def _check_space(folder: Path, layout: Layout) -> None:

@@ -5,7 +5,15 @@ from __future__ import annotations
 
 import sys
 
-from moepress.cli import bench, calibrate, compress, plan, run  # noqa: F401  (importing registers their commands)
+from moepress.cli import (  # noqa: F401  (importing registers their commands)
+    bench,
+    calibrate,
+    compress,
+    generate,
+    plan,
+    run,
+    train_pruning,
+)
 from moepress.cli.app import app
 from moepress.errors import MoepressError
 
@@ -19,7 +27,8 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as end:
         if end.code == 130:  # typer's word for KeyboardInterrupt
-            print("interrupted; --resume continues an unfinished `moepress compress` or `calibrate`", file=sys.stderr)
+            known = "`moepress compress`, `calibrate` or `train-pruning`"
+            print(f"interrupted; --resume continues an unfinished {known}", file=sys.stderr)
         raise
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away; there is nobody left to tell

@@ -27,6 +27,17 @@ app = typer.Typer(
 Folder = Annotated[Path, typer.Argument(help="A Hugging Face checkpoint folder.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")]
+Dtype = Annotated[
+    str, typer.Option(help="float32, bfloat16, float16; auto is float32 on the CPU and bfloat16 on a GPU.")
+]
+NoPruning = Annotated[bool, typer.Option("--no-pruning", help="Run all experts, whatever rules the folder has.")]
+Dial = Annotated[
+    float | None,
+    typer.Option(help="Of a pruned model: 0 is as trained, more runs fewer experts.", show_default=False),
+]
+ExpertsPlot = Annotated[
+    Path | None, typer.Option(help="Draw which layers and positions ran how many experts (.svg, .png, .pdf).")
+]
 Memory = Annotated[str, typer.Option(help="About how much memory calibration text may take: 4GB, 500MB, ...")]
 
 

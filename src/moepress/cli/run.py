@@ -1,17 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""eval, generate, profile, demo: the commands that run a model."""
+"""eval, profile, demo: commands that run a model over a text."""
 
 from __future__ import annotations
 
 import dataclasses
 import json as jsonlib
-import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moepress.cli.app import Device, Folder, Json, app, finish, mebibytes, pick_device, table, write_text
+from moepress.cli.app import (
+    Device,
+    Dial,
+    Dtype,
+    ExpertsPlot,
+    Folder,
+    Json,
+    NoPruning,
+    app,
+    finish,
+    mebibytes,
+    pick_device,
+    table,
+    write_text,
+)
+from moepress.cli.experts import check_plot, tell_experts
 from moepress.demo.run import run_demo
 from moepress.errors import EvaluationError
 from moepress.evaluate.load import load_model
@@ -20,10 +35,7 @@ from moepress.evaluate.sizes import folder_sizes
 from moepress.evaluate.tasks import load_task, run_task
 from moepress.measure.frequency import profile_frequencies
 from moepress.progress import console
-
-Dtype = Annotated[
-    str, typer.Option(help="float32, bfloat16, float16; auto is float32 on the CPU and bfloat16 on a GPU.")
-]
+from moepress.pruning.attach import counting, is_pruned, set_pruning_dial
 
 
 @app.command(name="eval")
@@ -38,22 +50,37 @@ def evaluate(
     task: Annotated[list[str] | None, typer.Option(help="lambada=FILE, piqa=FILE or hellaswag=FILE.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use only the first examples of each task.")] = None,
     batch_size: Annotated[int, typer.Option(help="Task examples run at once.")] = 8,
+    experts_report: Annotated[
+        bool, typer.Option("--experts-report", help="Of a pruned model: experts run by layer and by position of --ppl.")
+    ] = False,
+    experts_plot: ExpertsPlot = None,
+    no_pruning: NoPruning = False,
+    dial: Dial = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Perplexity and zero-shot tasks of a checkpoint, compressed or not."""
+    """Perplexity and zero-shot tasks of a checkpoint, compressed or not; of a pruned one also the experts it ran."""
     if ppl is None and not task:
         raise EvaluationError("nothing to evaluate; give --ppl FILE or --task NAME=FILE")
+    check_plot(experts_plot)
+    if ppl is None and (experts_report or experts_plot):
+        raise EvaluationError("experts are counted over the text of --ppl; give one")
     tasks = [load_task(*_name_and_file(each), limit=limit) for each in task or ()]
     text = read_text(ppl) if ppl else None
-    model, tokenizer = load_model(folder, pick_device(device), dtype)
+    model, tokenizer = load_model(folder, pick_device(device), dtype, pruning=not no_pruning)
+    if dial is not None:
+        set_pruning_dial(model, dial)
     body: dict[str, Any] = {"ppl": None, "tokens": None, "protocol": None, "tasks": {}}
     if text is not None:
-        found = perplexity(model, tokenizer, text, window=window, stride=stride or window, max_tokens=max_tokens,
-                           progress=console)  # fmt: skip
+        counted = is_pruned(model) or experts_report or experts_plot is not None
+        with counting(model, window) if counted else nullcontext() as read:
+            found = perplexity(model, tokenizer, text, window=window, stride=stride or window, max_tokens=max_tokens,
+                               progress=console)  # fmt: skip
+            counts = read() if read else None
         body |= dataclasses.asdict(found)
         print(f"perplexity {found.ppl:.4f} over {found.tokens} tokens ({found.protocol})")
+        body |= tell_experts(counts, experts_report, experts_plot)
     for each in tasks:
         result = run_task(model, tokenizer, each, batch_size=batch_size, progress=console)
         body["tasks"][result.task] = dataclasses.asdict(result)
@@ -62,36 +89,6 @@ def evaluate(
     print(f"stored {mebibytes(sizes['stored_bytes'])}, {sizes['stored_bpw']:.3f} bits per weight; "
           f"resident {mebibytes(sizes['resident_bytes'])}, {sizes['resident_bpw']:.3f}")  # fmt: skip
     finish(json, body | {"sizes": sizes, "dtype": str(model.dtype).removeprefix("torch."), "folder": str(folder)})
-
-
-@app.command()
-def generate(
-    folder: Folder,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to write at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    json: Json = False,
-) -> None:
-    """Continue a prompt, streaming the text."""
-    from transformers import TextStreamer, set_seed
-
-    model, tokenizer = load_model(folder, pick_device(device), dtype)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if not inputs["input_ids"].shape[1]:
-        raise EvaluationError("the prompt is empty; give at least one token with -p")
-    set_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    start = time.perf_counter()
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=TextStreamer(tokenizer), **sampling)
-    seconds = time.perf_counter() - start
-    new = ids[0, inputs["input_ids"].shape[1] :]
-    rate = len(new) / seconds
-    print(f"[{len(new)} tokens, {rate:.1f} a second]")
-    text = tokenizer.decode(new, skip_special_tokens=True)
-    finish(json, {"prompt": prompt, "text": text, "tokens": len(new), "tokens_per_second": rate})
 
 
 @app.command()
@@ -106,7 +103,7 @@ def profile(
     json: Json = False,
 ) -> None:
     """Count how often each routed expert is chosen, for the frequency rank policy."""
-    model, tokenizer = load_model(source, pick_device(device), dtype)
+    model, tokenizer = load_model(source, pick_device(device), dtype, pruning=False)
     body = profile_frequencies(model, tokenizer, read_text(text), window, max_tokens, console)
     write_text(output, jsonlib.dumps(body) + "\n")
     shares = [(name, [c / max(sum(counts), 1) for c in counts]) for name, counts in body["banks"].items()]

@@ -17,6 +17,8 @@ from moepress.format.spec import PROJECTIONS, WeightSpec, check_shape
 
 QUANT_METHOD = "moepress"
 FORMAT_VERSION = 1
+EXPERTS_GUARD = "moepress; this checkpoint needs: pip install moepress, then `import moepress` before loading it"
+"""The experts implementation that compressed folders ask for, so that transformers alone refuses them."""
 MAX_EXPERTS = 1 << 16
 """More experts than this in one layer is taken for damage, not for a model."""
 

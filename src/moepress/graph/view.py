@@ -27,7 +27,8 @@ class Family:
     `weights` maps a template of a tensor's name to its role, such as `attn.q` or `expert.down`. A tuple of roles means
     a stacked tensor [experts, rows, in_features] whose rows are that many equal blocks, one per role.
     `bank` is the template of the module that holds a layer's experts, as the files spell it, and `renames` are the
-    substitutions from the files' spelling to that of transformers' modules.
+    substitutions from the files' spelling to that of transformers' modules. `renormalises` says whether the router
+    scales a token's top-k weights to a fixed sum; None where the config's `norm_topk_prob` says it.
     """
 
     model_type: str
@@ -35,6 +36,7 @@ class Family:
     kept: Mapping[str, str]
     bank: str
     renames: tuple[tuple[str, str], ...] = ()
+    renormalises: bool | None = None
 
     def module_name(self, stored: str) -> str:
         """A stored tensor or module name in transformers' spelling."""

@@ -19,4 +19,5 @@ FAMILY = Family(
     },
     kept={**KEPT, f"{LAYER}.mlp.gate.weight": "router"},
     bank=f"{LAYER}.mlp.experts",
+    renormalises=False,  # whatever norm_topk_prob says
 )

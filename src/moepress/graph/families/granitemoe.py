@@ -18,4 +18,5 @@ FAMILY = Family(
         (".input_linear.weight", ".experts.gate_up_proj"),
         (".output_linear.weight", ".experts.down_proj"),
     ),
+    renormalises=True,
 )

@@ -17,4 +17,5 @@ FAMILY = Family(
     kept={**KEPT, f"{LAYER}.block_sparse_moe.gate.weight": "router"},
     bank=f"{LAYER}.block_sparse_moe.experts",
     renames=((".block_sparse_moe.", ".mlp."),),
+    renormalises=True,
 )
