@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,6 +76,17 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise PlanError(f"device {name!r} cannot be used here ({reason}); use --device cpu or auto") from error
     return device
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that nobody uses on a GPU, or that Linux would give without swapping; no limit where it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 1 << 62
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, text: Iterable[int] = (0,)) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +12,19 @@ import torch
 import typer
 from transformers import AutoTokenizer
 
-from moepress.cli.app import Device, Folder, Json, Memory, app, finish, mebibytes, parse_memory, pick_device, table
+from moepress.cli.app import (
+    Device,
+    Folder,
+    Json,
+    Memory,
+    app,
+    finish,
+    free_memory,
+    mebibytes,
+    parse_memory,
+    pick_device,
+    table,
+)
 from moepress.errors import CalibrationError, CheckpointError
 from moepress.evaluate.load import load_model
 from moepress.format.spec import WeightSpec
@@ -118,17 +129,8 @@ def _room(device: torch.device, limit: int) -> tuple[str, int]:
     """What is free for a whole model, and what says so."""
     if device.type == "cuda":
         return f"{device} has free", torch.cuda.mem_get_info(device)[0]
-    available = _available()
+    available = free_memory(torch.device("cpu"))
     return ("--memory allows", limit) if limit <= available else ("this machine has free", available)
-
-
-def _available() -> int:
-    """Bytes that Linux would give without swapping; no limit where it does not say."""
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 1 << 62
 
 
 def _gradients(src: Source, ids: torch.Tensor, device: torch.device) -> Take:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +14,7 @@ import typer
 from moepress.checkpoint.reader import CONFIG
 from moepress.checkpoint.side import sha256
 from moepress.checkpoint.writer import refuse_existing
-from moepress.cli.app import Device, Dtype, Folder, Json, app, finish, mebibytes, pick_device
+from moepress.cli.app import Device, Dtype, Folder, Json, app, finish, free_memory, mebibytes, pick_device
 from moepress.errors import PruningError
 from moepress.evaluate.load import load_model
 from moepress.evaluate.scoring import max_positions
@@ -122,13 +121,6 @@ def keeps_dense(model: Any, asked: str, device: torch.device) -> bool:
     fits = needed <= DENSE_SHARE * free
     print(f"dense weights: {'kept' if fits else 'remade for each use'} ({mebibytes(needed)}, free {mebibytes(free)})")
     return fits
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that nobody uses, on a GPU or this machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def total_parameters(model: Any) -> int:
