@@ -49,7 +49,7 @@ _GAIN = 1.0
 """How fast the price follows the share that is dropped: a step's factor is exp(gain * what lacks)."""
 _BETAS = (0.9, 0.98)
 _TRIED = 4
-"""Windows on which renormalising is decided. It doubles the cost of dropping 30 % in one model, trebles it in another."""
+"""Windows on which renormalising is decided. It doubles what dropping 30 % costs one model, trebles it in another."""
 _TEMPERATURES = 1.0, 0.2
 """Of the drawn choices, first and last, where 1 is the price of an expert."""
 
