@@ -478,6 +478,19 @@ def test_offloaded_layers_are_not_packed(kernels: Kernels) -> None:
     assert not kernels.calls and layer[0].holder().is_meta
 
 
+@pytest.mark.parametrize("make", [mixed, compensated])
+def test_offloaded_experts_compute_with_their_weights(make: Callable[[], ExpertBank], kernels: Kernels) -> None:
+    arguments = inputs_of(make().bfloat16())
+    with torch.no_grad():
+        wanted = make().bfloat16()(*arguments)
+        kernels.calls.clear()
+        bank = make().bfloat16()
+        cpu_offload(bank, execution_device=torch.device("cpu"), offload_buffers=True)
+        for _ in range(2):
+            torch.testing.assert_close(bank(*arguments), wanted, atol=0.1, rtol=0.02)
+    assert not kernels.calls and bank.device.type == "meta"
+
+
 # ---------------------------------------------------------------------------------------------- torch
 
 

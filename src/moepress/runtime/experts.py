@@ -42,12 +42,12 @@ class Projection(nn.ModuleDict):
     def linear(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """x [n, K] through one expert's weight."""
         bucket, slot = self._find(expert)
-        return compressed_linear(x, bucket.parts(slot), bucket.spec, bucket.out_features, bucket.in_features)
+        return compressed_linear(x, bucket(slot), bucket.spec, bucket.out_features, bucket.in_features)
 
     def dequantize(self, expert: int) -> torch.Tensor:
         """One expert's float32 weight [N, K]."""
         bucket, slot = self._find(expert)
-        return dequantize(bucket.parts(slot), bucket.spec, bucket.out_features, bucket.in_features)
+        return dequantize(bucket(slot), bucket.spec, bucket.out_features, bucket.in_features)
 
     def places(self) -> tuple[tuple[int, int], ...]:
         """Expert -> (number of its bucket, slot)."""

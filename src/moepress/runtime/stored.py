@@ -61,6 +61,10 @@ class StoredParts(nn.Module):
         owner = self._gate[0] if self._gate else self
         return owner.get_buffer("records" if "records" in owner._buffers else "packed")
 
+    def forward(self, slot: int) -> Parts:
+        """`parts`, by a call: accelerate moves what it offloads to the device for calls, and for nothing else."""
+        return self.parts(slot)
+
     def parts(self, slot: int | None = None) -> Parts:
         """The tensors by local name; with `slot`, those of one of the stacked weights."""
         own = {name: self._buffers[name] for name in self.part_names if name in self._buffers}
