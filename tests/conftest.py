@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import moepress
+from command import Cli, Run
 from tiny import tiny_checkpoint
 
 settings.register_profile(
@@ -74,3 +76,21 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
         return Path(shutil.copytree(folder, tmp_path / name))
 
     return get
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """cli("verify", folder) -> exit status and output of `moepress verify folder`, in this process."""
+    from moepress.cli import main
+
+    def run(*words: object) -> Run:
+        monkeypatch.setattr(sys, "argv", ["moepress", *map(str, words)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        return Run(code, *capsys.readouterr())
+
+    return run

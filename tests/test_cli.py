@@ -8,14 +8,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import moepress
-from moepress.cli import main
+from command import Cli, Run
 from moepress.plan.plan import Plan
 from tiny import edit_json, fingerprint, left_behind
 
@@ -24,38 +22,7 @@ RTN = ("--method", "rtn", "--bits", "3")
 GROUPS = ("attn", "shared", "expert")
 
 
-@dataclass
-class Run:
-    """What a command left."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        return json.loads(self.out.splitlines()[-1])
-
-
-Cli = Callable[..., Run]
 Copy = Callable[..., Path]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """cli("verify", folder) -> exit status and output of `moepress verify folder`, in this process."""
-
-    def run(*words: object) -> Run:
-        monkeypatch.setattr(sys, "argv", ["moepress", *map(str, words)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-        return Run(code, *capsys.readouterr())
-
-    return run
 
 
 def process(*words: object) -> Run:

@@ -4,19 +4,16 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 import moepress
-from moepress.cli import experts, main
+from command import Cli
+from moepress.cli import experts
 from moepress.cli.experts import position_bins, summarise_counts
 from moepress.demo.run import EXCERPT, MODEL
 from moepress.evaluate.load import load_model
@@ -28,37 +25,6 @@ from moepress.pruning.stored import publish_pruned
 MU = 0.4
 PROMPT = ("-p", "It was", "-n", 6, "--device", "cpu")
 PPL = ("--ppl", EXCERPT, "--window", 64, "--max-tokens", 512, "--device", "cpu")
-
-
-@dataclass
-class Run:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        return json.loads(self.out.splitlines()[-1])
-
-
-Cli = Callable[..., Run]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """cli("eval", folder) -> exit status and output of `moepress eval folder`, in this process."""
-
-    def run(*words: object) -> Run:
-        monkeypatch.setattr(sys, "argv", ["moepress", *map(str, words)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0
-        return Run(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

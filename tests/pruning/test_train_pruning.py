@@ -3,18 +3,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import moepress.cli.train_pruning as command
-from moepress.cli import main
+from command import Cli
 from moepress.demo.run import EXCERPT, MODEL
 from moepress.errors import ResumeError
 from moepress.evaluate.load import load_model
@@ -27,42 +22,9 @@ from tiny import fingerprint, left_behind
 BRIEF = ("--text", EXCERPT, "--length", 48, "--measure-steps", 4, "--distil-steps", 2, "--held", 8, "--device", "cpu")
 
 
-@dataclass
-class Run:
-    """What a command left."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        return json.loads(self.out.splitlines()[-1])
-
-
-Cli = Callable[..., Run]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """cli(folder, ...) -> exit status and output of `moepress train-pruning folder ...`, in this process."""
-
-    def run(*words: object) -> Run:
-        monkeypatch.setattr(sys, "argv", ["moepress", "train-pruning", *map(str, words)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0
-        return Run(code, *capsys.readouterr())
-
-    return run
-
-
 def test_it_makes_a_folder_that_loads_pruned(cli: Cli, tmp_path: Path) -> None:
     before = fingerprint(MODEL)
-    done = cli(MODEL, *BRIEF, "--target", 0.25, "-o", tmp_path / "out", "--json")
+    done = cli("train-pruning", MODEL, *BRIEF, "--target", 0.25, "-o", tmp_path / "out", "--json")
     assert done.code == 0, done.err
     assert done.json["dropped"] == pytest.approx(0.25, abs=0.005)
     assert 0 < done.json["share"] < 0.01
@@ -76,7 +38,7 @@ def test_it_makes_a_folder_that_loads_pruned(cli: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dense", ["keep", "remake"])
 def test_a_compressed_folder_is_trained_on_itself(cli: Cli, pressed_demo: Path, tmp_path: Path, dense: str) -> None:
-    done = cli(pressed_demo, *BRIEF, "--dense", dense, "-o", tmp_path / "out", "--json")
+    done = cli("train-pruning", pressed_demo, *BRIEF, "--dense", dense, "-o", tmp_path / "out", "--json")
     assert done.code == 0, done.err
     assert done.json["dropped"] == pytest.approx(0.2, abs=0.005)
     assert 0 < done.json["share"] < 0.01
@@ -98,7 +60,7 @@ class Killed(BaseException):
 
 def test_a_killed_run_goes_on_to_the_same_bytes(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (MODEL, *BRIEF, "--save-every", 2)
-    assert cli(*arguments, "-o", tmp_path / "whole").code == 0
+    assert cli("train-pruning", *arguments, "-o", tmp_path / "whole").code == 0
     save = Unfinished.save
 
     def kill(self: Unfinished, state: State) -> None:
@@ -108,17 +70,17 @@ def test_a_killed_run_goes_on_to_the_same_bytes(cli: Cli, tmp_path: Path, monkey
 
     monkeypatch.setattr(Unfinished, "save", kill)
     with pytest.raises(Killed):
-        cli(*arguments, "-o", tmp_path / "cut")
+        cli("train-pruning", *arguments, "-o", tmp_path / "cut")
     monkeypatch.undo()
     assert left_behind(tmp_path / "cut") == [".cut.training"]
 
-    refused = cli(*arguments, "-o", tmp_path / "cut")
+    refused = cli("train-pruning", *arguments, "-o", tmp_path / "cut")
     assert refused.code == 2 and "continue it with --resume" in refused.err
-    changed = cli(*arguments, "--target", 0.3, "--resume", "-o", tmp_path / "cut")
+    changed = cli("train-pruning", *arguments, "--target", 0.3, "--resume", "-o", tmp_path / "cut")
     assert changed.code == 2 and "target was 0.2 and is now 0.3" in changed.err
     assert left_behind(tmp_path / "cut") == [".cut.training"]
 
-    resumed = cli(*arguments, "--resume", "-o", tmp_path / "cut")
+    resumed = cli("train-pruning", *arguments, "--resume", "-o", tmp_path / "cut")
     assert resumed.code == 0, resumed.err
     assert "measuring costs" not in resumed.err
     assert fingerprint(tmp_path / "cut") == fingerprint(tmp_path / "whole")
@@ -139,7 +101,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(cli: Cli, tmp_path: Path, monkey
 def test_what_cannot_be_done_is_said_and_leaves_nothing(
     cli: Cli, tmp_path: Path, words: tuple[str, str], message: str
 ) -> None:
-    done = cli(MODEL, *BRIEF, "-o", tmp_path / "out", *words)
+    done = cli("train-pruning", MODEL, *BRIEF, "-o", tmp_path / "out", *words)
     assert done.code == 2
     assert message in done.err
     assert not left_behind(tmp_path / "out")
@@ -147,7 +109,7 @@ def test_what_cannot_be_done_is_said_and_leaves_nothing(
 
 def test_an_existing_target_is_refused_at_once(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    done = cli(MODEL, *BRIEF, "-o", tmp_path / "out")
+    done = cli("train-pruning", MODEL, *BRIEF, "-o", tmp_path / "out")
     assert done.code == 2 and "exists" in done.err
 
 
