@@ -89,7 +89,9 @@ def test_weights_take_over_the_sum_or_stay_as_asked(model: Any, renormalise: boo
 def test_what_loses_less_is_taken(slices: bool) -> None:
     """Experts that are one expert are best with the whole sum; those that point apart best with their own shares."""
     torch.manual_seed(0)
-    model = tiny_model("qwen3_moe", torch.float32, num_experts_per_tok=3, mlp_only_layers=[]).requires_grad_(False)
+    model = tiny_model(
+        "qwen3_moe", torch.float32, num_experts_per_tok=3, mlp_only_layers=[], norm_topk_prob=True
+    ).requires_grad_(False)
     for site in moe_sites(model):
         down = site.experts.down_proj.data
         down.mul_(20)
@@ -102,7 +104,12 @@ def test_what_loses_less_is_taken(slices: bool) -> None:
                 site.experts.gate_up_proj.data[:1].expand_as(site.experts.gate_up_proj)
             )
     trained = train(model, windows(SHORT.windows), SHORT)
-    assert trained.renormalises is not slices
+    assert trained.renormalises == (not slices)
+    assert all(selector.renormalises == (not slices) for selector in trained.selectors)
+
+
+def test_a_family_that_does_not_renormalise_is_left_alone(model: Any, trained: Trained) -> None:
+    assert not any(site.renormalises for site in moe_sites(model)) and trained.renormalises is None
 
 
 def test_the_report_is_what_the_rules_do(model: Any, trained: Trained) -> None:
