@@ -23,7 +23,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none"),
 ]
 TOKENS = (1, 2, 7, 8, 9, 33, 130, 600)
-SHAPES = cycle([(48, 512), (70, 136), (200, 384), (16, 72), (333, 1000), (1, 256)])
+# 80 rows of one group or two: a scale's rounding is one error for all tokens, and 16 rows have too few to compare maxima
+SHAPES = cycle([(48, 512), (70, 136), (200, 384), (80, 72), (333, 1000), (1, 256)])
 CASES = [
     *((bits, group_size, torch.bfloat16, *next(SHAPES)) for group_size in GROUP_SIZES for bits in BITS),
     *((bits, 64, torch.float16, *next(SHAPES)) for bits in BITS),
@@ -66,10 +67,8 @@ def inputs(*shape: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
 
 
-def check(
-    y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, groups: int = 1
-) -> None:
-    """At most twice the error of torch in x's dtype; `groups` of a row of weights share a scale each."""
+def check(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """At most twice the error of torch in x's dtype."""
     linear = torch.nn.functional.linear
     truth = linear(x.double(), weight, None if bias is None else bias.double())
     plain = linear(x, weight.to(x.dtype), bias)
@@ -77,9 +76,7 @@ def check(
     error, yardstick = ((found.double() - truth).abs() for found in (y, plain))
     eps = 1e-6 * truth.abs().max()
     assert error.square().mean().sqrt() <= 2 * yardstick.square().mean().sqrt() + eps, f"M = {len(x)}: root mean square"
-    # The largest of a few errors is a matter of luck. A group's scale is rounded once for all tokens, so a weight of
-    # few groups makes few errors, however many results share them.
-    spread = 2 if min(truth.numel(), weight.shape[0] * groups) > 64 else 6
+    spread = 2 if truth.numel() > 64 else 6  # the largest of a few errors is a matter of luck
     assert error.max() <= spread * yardstick.max() + eps, f"M = {len(x)}: max {error.max():.3g} {yardstick.max():.3g}"
 
 
@@ -88,14 +85,13 @@ def test_against_float64(bits: int, group_size: int, dtype: torch.dtype, n: int,
     from moepress.kernels.cuda import run
 
     bank, weight = random_bank(bits, group_size, n, k)
-    groups = -(-k // group_size)
     bias = 3 * inputs(n, dtype=dtype, seed=2)
     for tokens in TOKENS:
         x = inputs(tokens, k, dtype=dtype)
         y = run.linear(x, bank, None, n)
-        check(y, x, weight, groups=groups)
+        check(y, x, weight)
         assert torch.equal(run.linear(x, bank, None, n), y), f"M = {tokens}: not bitwise repeatable"
-        check(run.linear(x, bank, bias, n), x, weight, bias, groups=groups)
+        check(run.linear(x, bank, bias, n), x, weight, bias)
 
 
 def test_rows_of_a_result_do_not_depend_on_each_other() -> None:

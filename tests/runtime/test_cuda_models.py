@@ -100,7 +100,8 @@ def test_logits_with_compensators(
 @pytest.mark.parametrize("family", NATIVE)
 def test_generate_with_a_static_cache(pressed: Callable[..., Path], family: str) -> None:
     torch._dynamo.reset()
-    model = load(pressed(family, method="rtn", group_size=32), **to_all_experts(family))
+    # float16: scores of 5 in bfloat16 lie 0.03 apart, and two of these are more than the bound below
+    model = load(pressed(family, method="rtn", group_size=32), dtype=torch.float16, **to_all_experts(family))
     ids = tokens().cuda()
     found = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, min_new_tokens=12, do_sample=False,
@@ -111,10 +112,7 @@ def test_generate_with_a_static_cache(pressed: Callable[..., Path], family: str)
         scores = model(found[:, :-1]).logits[:, 8:].float()
     spread, scores[..., 2] = scores.std(), -torch.inf  # min_new_tokens forbids the end of the text
     taken = scores.gather(-1, found[:, 9:, None])[..., 0]
-    best = scores.max(-1).values
-    # both passes round their scores to bfloat16, the best and its rival by up to half a unit in the last place each
-    units = 2 * 2.0 ** (best.abs().log2().floor() - 7)
-    assert (best - taken <= 0.05 * spread + units).all(), "not greedy"
+    assert (scores.max(-1).values - taken).max() <= 0.05 * spread, "not greedy"
 
 
 def test_a_model_that_is_moved(pressed: Callable[..., Path], tmp_path: Path) -> None:
