@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none"),
 ]
 TOKENS = (1, 2, 7, 8, 9, 33, 130, 600)
-# 80 rows of one group or two: a scale's rounding is one error for all tokens, and 16 rows have too few to compare maxima
+# 80 rows of few groups: a scale's rounding is one error for all tokens, and 16 rows have too few to compare maxima
 SHAPES = cycle([(48, 512), (70, 136), (200, 384), (80, 72), (333, 1000), (1, 256)])
 CASES = [
     *((bits, group_size, torch.bfloat16, *next(SHAPES)) for group_size in GROUP_SIZES for bits in BITS),
