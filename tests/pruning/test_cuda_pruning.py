@@ -44,7 +44,7 @@ def selectors(model: Any) -> list[Rule]:
     """Random ones, which keep one expert of some tokens and two of others."""
     made: list[Rule] = []
     for number, site in enumerate(moe_sites(model)):
-        rule, generator = Selector(site.hidden_size, site.top_k), torch.Generator().manual_seed(number)
+        rule, generator = Selector(site.hidden_size, site.num_experts), torch.Generator().manual_seed(number)
         with torch.no_grad():
             for parameter in rule.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
@@ -100,10 +100,10 @@ def test_kernels_skip_what_is_dropped(
 def test_the_device_decides_as_the_cpu_does(pressed: Callable[..., Path], make: Callable[[Any], list[Rule]]) -> None:
     model = load(pressed("mixtral", method="rtn", group_size=32), "cpu", torch.float32)
     for rule in make(model):
-        hidden, weights = torch.randn(500, 64), torch.rand(500, 2).sort(descending=True).values
-        on_cpu = rule(hidden, weights)
+        routed = torch.randn(500, 64), torch.rand(500, 4).argsort(-1)[:, :2], torch.rand(500, 2)
+        on_cpu = rule(*routed)
         rule.cuda()
-        assert (rule(hidden.cuda(), weights.cuda()).cpu() == on_cpu).double().mean() > 0.99
+        assert (rule(*(each.cuda() for each in routed)).cpu() == on_cpu).double().mean() > 0.99
 
 
 def test_pruning_never_waits_for_the_device(pressed: Callable[..., Path]) -> None:

@@ -21,7 +21,7 @@ import moepress
 from moepress.errors import CheckpointError, PruningError
 from moepress.pruning.attach import attach, counting, detach, disabled, is_pruned, pruners_of, rules_of
 from moepress.pruning.baselines import Chance, Threshold
-from moepress.pruning.rule import Rule, prune
+from moepress.pruning.rule import Rule, WeightRule, prune
 from moepress.pruning.sites import moe_sites
 from moepress.runtime.experts import ExpertBank
 from tiny import EXPERTS, NATIVE, tiny_model, tokens
@@ -38,14 +38,14 @@ def wider(family: str) -> dict[str, int]:
     return {"num_experts_per_tok": TOP_K} | ({"topk_group": 2} if family == "deepseek_v2" else {})
 
 
-class Fixed(Rule):
+class Fixed(WeightRule):
     """Keeps `keep` of every token."""
 
     def __init__(self, keep: int) -> None:
         super().__init__()
         self.keep = keep
 
-    def forward(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def count(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return torch.full((len(weights),), self.keep)
 
 

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from torch.nn.functional import kl_div, one_hot
 
 from moepress.pruning.attach import attach, detach
-from moepress.pruning.objective import candidates, cost_loss, divergence, draw_choice, measured_costs, mix
+from moepress.pruning.objective import (
+    candidates,
+    cost_loss,
+    divergence,
+    draw_choice,
+    measured_costs,
+    mix,
+    scores_of,
+)
+from moepress.pruning.rule import rescale
 from moepress.pruning.sites import moe_sites
 from tiny import VOCABULARY, tiny_model
 
@@ -47,11 +56,15 @@ def test_a_measured_cost_is_half_the_square_of_a_gradient_times_a_change(
     gradient = torch.randn(5, 16, generator=generator)
     slopes = torch.einsum("th,tkh->tk", gradient, outputs)
     costs = measured_costs(slopes, weights, renormalises)
-    assert costs.shape == (5, top_k - 1)
-    for j in range(1, top_k):
-        kept = candidates(weights, renormalises)[:, j - 1]
+    assert costs.shape == (5, top_k)
+    for i in range(top_k):
+        left = [m for m in range(top_k) if m != i]
+        kept = torch.zeros_like(weights)
+        kept[:, left] = weights[:, left]
+        if renormalises:
+            kept = kept * (weights.sum(-1) / kept.sum(-1)).unsqueeze(-1)
         change = torch.einsum("tk,tkh->th", kept - weights, outputs)
-        torch.testing.assert_close(costs[:, j - 1], 0.5 * (gradient * change).sum(-1) ** 2, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(costs[:, i], 0.5 * (gradient * change).sum(-1) ** 2, rtol=1e-3, atol=1e-5)
 
 
 def test_measured_costs_are_the_divergence_that_one_drop_causes() -> None:
@@ -73,22 +86,21 @@ def test_measured_costs_are_the_divergence_that_one_drop_causes() -> None:
     drawn = torch.multinomial(logits.detach().exp(), 1, generator=torch.Generator().manual_seed(1))
     (slopes,) = torch.autograd.grad(-logits.gather(1, drawn).sum(), seen)
     weights, slopes = (each.view(draws, 6, 3)[:, place].detach() for each in (seen[0], slopes))
-    assert (weights.diff(dim=-1) <= 0).all()  # mixtral's router sorts
     predicted = measured_costs(slopes, weights, renormalises=True).mean(0)
 
     teacher = model(ids[:1], use_cache=False).logits
-    for j in (1, 2):
+    for i in range(3):
 
-        def drop(hidden: torch.Tensor, ids: torch.Tensor, own: torch.Tensor, j: int = j) -> tuple:
-            own = own.clone()
-            own[place] = candidates(weights[:1], renormalises=True)[0, j - 1]
-            return ids, own
+        def drop(hidden: torch.Tensor, ids: torch.Tensor, own: torch.Tensor, i: int = i) -> tuple:
+            kept = torch.ones_like(own)
+            kept[place, i] = 0
+            return ids, rescale(own, kept, renormalises=True)
 
         attach(model, [lambda hidden, ids, weights: (ids, weights), drop])
         found = divergence(teacher, model(ids[:1], use_cache=False).logits) * 6
         detach(model)
         # 400 draws of chi^2: a standard error of 7 %
-        assert predicted[j - 1] == pytest.approx(found.item(), rel=0.25)
+        assert predicted[i] == pytest.approx(found.item(), rel=0.25)
 
 
 @given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=20))
@@ -100,6 +112,15 @@ def test_the_loss_of_costs_is_least_at_their_mean(costs: list[float]) -> None:
     assert abs(gradient) < 1e-6
     for other in (-1.0, 0.5):
         assert cost_loss((z + other).expand(len(costs)), values) > least
+
+
+@given(cases)
+def test_scores_add_up_what_is_left_out_and_what_is_run(case: tuple[int, int]) -> None:
+    top_k, seed = case
+    z = torch.randn(5, top_k, generator=torch.Generator().manual_seed(seed)).mul(3).sort(descending=True).values
+    for own, found in zip(z.double().exp().tolist(), scores_of(z).tolist(), strict=True):
+        assert found == pytest.approx([-(sum(own[j:]) + j) for j in range(1, top_k + 1)], rel=1e-5)
+    assert scores_of(torch.full((1, top_k), 1e4)).isfinite().all()
 
 
 def test_choices_are_drawn_by_their_scores_and_the_softmax_has_the_gradient() -> None:

@@ -11,21 +11,29 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moepress.pruning.rule import Rule, prune, rescale
+from moepress.pruning.rule import Rule, WeightRule, prune, rescale
 
 HIDDEN = 4
 
 
-class Told(Rule):
+class Told(WeightRule):
     """Keeps as many as it is told, and remembers what it was given."""
 
     def __init__(self, keep: Sequence[int]) -> None:
         super().__init__()
         self.keep = torch.tensor(keep)
 
-    def forward(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def count(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         self.given = hidden, weights
         return self.keep
+
+
+class Masked(Rule):
+    """Keeps what it is told."""
+
+    def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        assert weights.dtype == torch.float32
+        return torch.tensor([[False, True, True], [True, False, False]])
 
 
 @st.composite
@@ -97,6 +105,16 @@ def test_the_routers_order_plays_no_part(
     shuffled = run(ids[:, order], weights[:, order], keep, renormalises, True)
     assert torch.equal(straight[0][:, order], shuffled[0])
     torch.testing.assert_close(straight[1][:, order], shuffled[1])
+
+
+def test_a_rule_may_keep_any_choice() -> None:
+    ids, weights = (
+        torch.tensor([[7, 2, 9], [1, 3, 5]]),
+        torch.tensor([[0.5, 0.25, 0.125], [0.25, 0.25, 0.5]]).bfloat16(),
+    )
+    new_ids, new_weights = prune(Masked(), torch.zeros(2, HIDDEN), ids, weights, False, True)
+    assert new_ids.tolist() == [[-1, 2, 9], [1, -1, -1]]
+    assert new_weights.tolist() == [[0.0, 0.25, 0.125], [0.25, 0.0, 0.0]]
 
 
 def test_the_rule_sees_descending_float32_weights() -> None:

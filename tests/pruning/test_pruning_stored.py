@@ -32,7 +32,7 @@ from moepress.pruning.rule import Rule
 from moepress.pruning.selector import Selector
 from moepress.pruning.sites import moe_sites
 from moepress.pruning.stored import FILE, KINDS, PRUNING, Stored, publish_pruned
-from tiny import NATIVE, edit_json, fingerprint, left_behind, read_all, tokens
+from tiny import EXPERTS, NATIVE, edit_json, fingerprint, left_behind, read_all, tokens
 
 MU = 0.6
 
@@ -114,7 +114,7 @@ def test_the_loader_of_the_command_line(pruned: Folders, sources: Folders) -> No
 
 
 def selector() -> Selector:
-    made, generator = Selector(64, 2, projections=3, width=5), torch.Generator().manual_seed(1)
+    made, generator = Selector(64, EXPERTS, projections=3), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
@@ -134,9 +134,9 @@ def test_every_kind_comes_back_as_it_was(sources: Folders, tmp_path: Path, rule:
         assert found.renormalises is rule.renormalises
         assert found.state_dict().keys() == rule.state_dict().keys() >= {"dial"}
         assert all(torch.equal(value, rule.state_dict()[key]) for key, value in found.state_dict().items())
-        hidden, weights = torch.randn(50, 64), torch.rand(50, 2).sort(descending=True).values
+        routed = torch.randn(50, 64), torch.randint(EXPERTS, (50, 2)), torch.rand(50, 2)
         if not isinstance(rule, Odp):  # which needs attention maps
-            assert torch.equal(found(hidden, weights), rule(hidden, weights))
+            assert torch.equal(found(*routed), rule(*routed))
     assert KINDS[rule.kind] is type(rule) and len(KINDS) == 4
 
 
@@ -397,15 +397,12 @@ def test_the_documents_selector_is_ours(tmp_path: Path, dial: float) -> None:
     p = {name.removeprefix(f"{BANK}."): tensor.numpy() for name, tensor in load_file(tmp_path / FILE).items()}
     generator = torch.Generator().manual_seed(4)
     hidden, weights = torch.randn(200, 64, generator=generator), torch.rand(200, 2, generator=generator)
-    weights = weights.sort(descending=True).values
-    found = []
-    for x, w in zip(hidden.numpy(), weights.numpy(), strict=True):
-        f = np.concatenate([p["projection"] @ (x / np.sqrt(np.mean(x**2) + 1e-6)), np.log(np.maximum(w, 1e-6))])
-        inner = p["inner"] @ f + p["inner_bias"]
-        z = p["outer"] @ (inner / (1 + np.exp(-inner))) + p["outer_bias"]
-        costs = [(np.exp(z[j - 1]) if j < len(w) else 0) + (1 + p["dial"]) * j for j in range(1, len(w) + 1)]
-        found.append(1 + int(np.argmin(costs)))
-    assert set(found) == {1, 2} and rule(hidden, weights).tolist() == found
+    ids, found = torch.randint(EXPERTS, (200, 2), generator=generator), []
+    for x, e, w in zip(hidden.numpy(), ids.numpy(), weights.numpy(), strict=True):
+        f = p["projection"] @ (x / np.sqrt(np.mean(x**2) + 1e-6))
+        cost = np.exp(p["offset"][e] + p["sensitivity"][e] @ f + p["power"] * np.log(np.maximum(w, 1e-6)))
+        found.append([bool(c >= 1 + p["dial"] or c == cost.max()) for c in cost])
+    assert {sum(kept) for kept in found} == {1, 2} and rule(hidden, ids, weights).tolist() == found
     for name in p:
         assert f"`{name}`" in DOC.read_text(encoding="utf-8")
 

@@ -153,7 +153,7 @@ def attach(model: nn.Module, rules: Sequence[Rule | Prune]) -> None:
         raise PruningError(f"{len(rules)} rules for a model with {len(sites)} layers of routed experts; give one each")
     for site, rule in zip(sites, rules, strict=True):
         if isinstance(rule, Rule):
-            rule.check(site.name, site.hidden_size, site.top_k)
+            rule.check(site)
     for site, rule in zip(sites, rules, strict=True):
         _install(site, rule)
 

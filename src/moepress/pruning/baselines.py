@@ -32,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from moepress.errors import PruningError
 from moepress.progress import Progress, silent
 from moepress.pruning.attach import attach, detach
-from moepress.pruning.rule import Rule
+from moepress.pruning.rule import WeightRule
 from moepress.pruning.sites import Site
 
 PROTECTED = 0.02
@@ -41,7 +41,7 @@ _SPREAD = 1000.0
 """What `Chance` multiplies projections of size 1 with before it takes their fractions, which are uniform then."""
 
 
-class Threshold(Rule):
+class Threshold(WeightRule):
     """Drops the choices whose weight is less than `mu` times the token's largest; `dial` adds to mu."""
 
     kind = "threshold"
@@ -53,10 +53,10 @@ class Threshold(Rule):
         self.register_buffer("mu", torch.tensor(mu, dtype=torch.float32))
 
     def ratios(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """float32 [T, k - 1] descending, from `forward`'s arguments: what is compared with mu."""
+        """float32 [T, k - 1] descending, from `kept`'s arguments: what is compared with mu."""
         return weights[:, 1:] / weights[:, :1].clamp(min=torch.finfo(weights.dtype).tiny)
 
-    def forward(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def count(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return 1 + (self.ratios(hidden, weights) >= self.mu + self.dial).sum(-1)
 
 
@@ -99,7 +99,7 @@ class Odp(Threshold):
         self._received = None if maps.shape[-2] == 1 else attention_received(maps)
 
 
-class Chance(Rule):
+class Chance(WeightRule):
     """Drops choices at random at a fixed rate, at least one is kept; `dial` adds to the probability.
 
     With `strongest` a random number of the largest weights is kept; without, which ones are kept is random too. Chance
@@ -123,15 +123,12 @@ class Chance(Rule):
         names = ("hidden_size", "top_k", "share", "strongest", "seed")
         return {name: getattr(self, name) for name in names}
 
-    def check(self, name: str, hidden_size: int, top_k: int) -> None:
-        if (hidden_size, top_k) != (self.hidden_size, self.top_k):
+    def check(self, site: Site) -> None:
+        if (site.hidden_size, site.top_k) != (self.hidden_size, self.top_k):
             raise PruningError(
-                f"{name} has hidden size {hidden_size} and top-{top_k}, its rule is made for {self.hidden_size} and "
-                f"top-{self.top_k}"
+                f"{site.name} has hidden size {site.hidden_size} and top-{site.top_k}, its rule is made for "
+                f"{self.hidden_size} and top-{self.top_k}"
             )
-
-    def forward(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return self.kept(hidden, weights).sum(-1)
 
     def kept(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         chance = self._uniform(hidden)
@@ -210,20 +207,26 @@ def _set_thresholds(
     ratios = [torch.cat(list(each)) for each in seen]
     groups = [[number] for number in range(len(rules))] if per_layer else [list(range(len(rules)))]
     for group in groups:
-        mu = threshold_for(torch.cat([ratios[number] for number in group]), target)
+        together = torch.cat([ratios[number] for number in group])
+        tokens, others = together.shape
+        mu = threshold_for(together.flatten(), tokens * (others + 1), target)
         for number in group:
             rules[number].mu.fill_(mu)
 
 
-def threshold_for(ratios: torch.Tensor, target: float) -> float:
-    """ratios [T, k - 1], infinite for what must be kept -> mu such that `target` of T k activations are below it."""
-    tokens, others = ratios.shape
-    count = round(target * tokens * (others + 1))
-    ascending = ratios.flatten().sort().values
+def threshold_for(values: torch.Tensor, offered: int, target: float) -> float:
+    """values [n], infinite for what must be kept -> the least one that is kept where `target` of the `offered`
+    activations, of which these are those that may be dropped, are below it; infinite where all are.
+
+    Raises PruningError where fewer than that may be dropped.
+    """
+    count = round(target * offered)
+    ascending = values.sort().values
     free = int(ascending.isfinite().sum())
     if not 0 <= count <= free:
-        limit = free / (tokens * (others + 1))
-        raise PruningError(f"a share of {target:g} cannot be dropped here; this rule can drop 0 to {limit:.4f}")
+        raise PruningError(
+            f"a share of {target:g} cannot be dropped here; this rule can drop 0 to {free / offered:.4f}"
+        )
     return float(ascending[count]) if count < len(ascending) else math.inf
 
 
@@ -232,8 +235,9 @@ def _recording(rules: Sequence[Threshold]) -> Iterator[list[list[torch.Tensor]]]
     """Inside the block each rule's ratios are collected, on the CPU."""
     seen: list[list[torch.Tensor]] = [[] for _ in rules]
 
-    def record(rule: Threshold, args: tuple[torch.Tensor, torch.Tensor], own: list[torch.Tensor]) -> None:
-        own.append(rule.ratios(*args).cpu())
+    def record(rule: Threshold, args: tuple[torch.Tensor, ...], own: list[torch.Tensor]) -> None:
+        hidden, _, weights = args
+        own.append(rule.ratios(hidden, weights.sort(dim=-1, descending=True).values).cpu())
 
     handles = [
         rule.register_forward_pre_hook(lambda rule, args, own=own: record(rule, args, own))

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rule: how many of its top-k experts a token runs; `prune`: what that makes of the router's ids and weights.
+"""Rule: which of its top-k experts a token runs; `prune`: what that makes of the router's ids and weights.
 
-Pruning stands between a router and its experts. The k choices of a token are put in descending order of routing weight,
-the rule says how many of the first ones to keep (1 to k), the others are dropped:
+Pruning stands between a router and its experts. The rule says which of a token's k choices to keep, one at least, and
+the others are dropped:
 
-    order      dropped choices are the smallest weights, whatever order the router gave them in; equal weights keep the
-               router's order
     weights    0 for what is dropped. Where the family renormalises its top-k weights, those of the kept choices are
                multiplied by (sum of all k) / (sum of the kept), so that a routed scaling factor stays in; elsewhere,
                and where the rule says so, they are left as they are
     ids        -1 for what is dropped where the experts skip ids outside 0..E-1, at no cost; unchanged for
                transformers' own experts, which know no such id: a dropped expert then runs in vain
 
-Keeping the first j follows ODP (MC-MoE, arXiv 2410.06270, for k = 2) and OTP (MC#, arXiv 2510.10962), renormalisation
+Dropping by token follows ODP (MC-MoE, arXiv 2410.06270, for k = 2) and OTP (MC#, arXiv 2510.10962), renormalisation
 ODP; the rest, and that at least one is kept, is ours. All of it has static shapes and never asks the device for a
 value, so it can be captured in a CUDA graph and compiled. A kernel that fuses it is held to this file.
 
@@ -22,11 +20,14 @@ Legend: T tokens, H hidden size, k choices of a token, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from moepress.pruning.sites import Site
 
 Pruned = tuple[torch.Tensor, torch.Tensor]
 """ids [T, k] int64, weights [T, k]."""
@@ -54,25 +55,39 @@ class Rule(nn.Module):
         self.renormalises = None
         self.register_buffer("dial", torch.zeros((), dtype=torch.float32))
 
-    def forward(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """hidden [T, H] in the model's dtype, weights [T, k] float32 descending -> how many to keep, int64 [T]."""
+    def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """hidden [T, H] in the model's dtype, ids [T, k] and weights [T, k] float32 as the router gives them, in any
+        order -> bool [T, k] in the same places: which choices are kept, at least one of each token."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON has them; with `kind` and the state dict they make the rule again."""
         return {}
 
-    def check(self, name: str, hidden_size: int, top_k: int) -> None:
-        """Raises PruningError unless the rule can decide for the site `name`, of this hidden size and top-k."""
+    def check(self, site: Site) -> None:
+        """Raises PruningError unless the rule can decide for this site."""
 
     def observe(self, layer: nn.Module) -> list[RemovableHandle]:
         """Sets the hooks on the decoder layer that the rule needs to see more than `forward` shows it."""
         return []
 
+
+class WeightRule(Rule):
+    """Keeps the first choices in descending order of weight, whichever experts they are; equal ones in their order."""
+
+    def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        descending, order = weights.sort(dim=-1, descending=True, stable=True)
+        kept = self.kept(hidden, descending)
+        return torch.empty_like(kept).scatter_(-1, order, kept)
+
     def kept(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """bool [T, k] in the order of `weights`, from `forward`'s arguments: which choices are kept."""
-        first = torch.arange(weights.shape[-1], device=weights.device)
-        return first < self(hidden, weights).unsqueeze(-1)
+        """hidden [T, H], weights [T, k] float32 descending -> bool [T, k]: which of these are kept."""
+        places = torch.arange(weights.shape[-1], device=weights.device)
+        return places < self.count(hidden, weights).unsqueeze(-1)
+
+    def count(self, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The arguments of `kept` -> how many to keep, 1 to k, int64 [T]."""
+        raise NotImplementedError
 
 
 def prune(
@@ -82,16 +97,9 @@ def prune(
 
     `renormalises`: whether kept weights take over the sum; `skips`: whether the experts skip ids outside 0..E-1.
     """
-    kept = kept_choices(rule, hidden, weights)
+    kept = rule(hidden, ids, weights.float())
     pruned = rescale(weights, kept, renormalises)
     return (ids.where(kept, -1) if skips else ids), pruned
-
-
-def kept_choices(rule: Rule, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """bool [T, k] in the router's order: the choices that `rule` keeps."""
-    descending, order = weights.float().sort(dim=-1, descending=True, stable=True)
-    kept = rule.kept(hidden, descending)
-    return torch.empty_like(kept).scatter_(-1, order, kept)
 
 
 def rescale(weights: torch.Tensor, kept: torch.Tensor, renormalises: bool) -> torch.Tensor:

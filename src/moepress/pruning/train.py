@@ -30,10 +30,10 @@ from torch.nn.functional import cross_entropy
 from moepress.errors import PruningError
 from moepress.progress import Progress, silent
 from moepress.pruning.attach import attach, detach
-from moepress.pruning.baselines import chance_rules
-from moepress.pruning.objective import candidates, cost_loss, divergence, draw_choice, measured_costs, mix
-from moepress.pruning.rule import Prune, Pruned, Rule
-from moepress.pruning.selector import PROJECTIONS, WIDTH, Selector, scores_of
+from moepress.pruning.baselines import chance_rules, threshold_for
+from moepress.pruning.objective import cost_loss, divergence, draw_choice, measured_costs, mix, scores_of
+from moepress.pruning.rule import Prune, Pruned, Rule, rescale
+from moepress.pruning.selector import PROJECTIONS, Selector, worth_running
 from moepress.pruning.sites import Site, moe_sites
 
 State = dict[str, Any]
@@ -41,8 +41,6 @@ State = dict[str, Any]
 
 _PASSES = 2
 """Of calibration: dropping in one layer changes what the next ones see."""
-_ROUNDS = 60
-"""Of bisection, enough for any two float32 prices."""
 _WARM = 0.1
 """Share of a phase in which its learning rate rises."""
 _GAIN = 1.0
@@ -75,11 +73,10 @@ class TrainingSettings:
     renormalise: bool | None = None
     """Whether kept weights take over the sum of all; None: what loses less, of a family that renormalises its own."""
     projections: int = PROJECTIONS
-    width: int = WIDTH
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"measure_steps": 1, "distil_steps": 0, "batch": 1, "held": 1, "fits": 1, "projections": 1, "width": 1}
+        least = {"measure_steps": 1, "distil_steps": 0, "batch": 1, "held": 1, "fits": 1, "projections": 1}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise PruningError(f"{name} is {getattr(self, name)}; the least is {low}")
@@ -174,10 +171,8 @@ class _Trainer:
             raise PruningError("the model is in training mode, where a loss may be random; call model.eval() first")
         self.model, self.settings = model, settings
         self.sites = moe_sites(model)
-        self.selectors = [
-            Selector(site.hidden_size, site.top_k, settings.projections, settings.width) for site in self.sites
-        ]
         self._check_target()
+        self.selectors = [Selector(site.hidden_size, site.num_experts, settings.projections) for site in self.sites]
         for number, selector in enumerate(self.selectors):
             selector.initialise(settings.seed * len(self.sites) + number)
             selector.to(model.device)
@@ -196,13 +191,13 @@ class _Trainer:
         """One step of the first phase on windows [batch, T]."""
         seen = self._slopes(ids.to(self.model.device))
         if self.step == 0:
-            for selector, (_, weights, costs) in zip(self.selectors, seen, strict=True):
-                selector.outer_bias.data = costs.mean(0).clamp(min=torch.finfo(weights.dtype).tiny).log()
+            for selector, (_, *routed, costs) in zip(self.selectors, seen, strict=True):
+                selector.begin_at(*routed, costs)
         for number in range(self.settings.fits):
             done = (self.step + number / self.settings.fits) / self.settings.measure_steps
             self._set_rate(self.settings.fit_rate * min(1.0, done / _WARM) * (1 - done))
             pairs = zip(self.selectors, seen, strict=True)
-            losses = [cost_loss(selector.log_costs(x, weights), costs) for selector, (x, weights, costs) in pairs]
+            losses = [cost_loss(selector.log_costs(*routed), costs) for selector, (*routed, costs) in pairs]
             self._descend(torch.stack(losses).sum())
 
     def begin_distilling(self, held: torch.Tensor, progress: Progress) -> None:
@@ -237,8 +232,8 @@ class _Trainer:
                 records: list[torch.Tensor] = []
                 with self._attached(self._recorders(records)):
                     total += divergence(teacher, self.model(row, use_cache=False).logits).item()
-                kept += sum(int(scores_of(z).argmax(-1).add(1).sum()) for z in records)
-                offered += sum(site.top_k for site in self.sites) * len(ids)
+                kept += sum(int(worth_running(z).sum()) for z in records)
+                offered += sum(z.numel() for z in records)
                 advance(1)
         selectors = [selector.cpu().requires_grad_(False) for selector in self.selectors]
         for selector in selectors:
@@ -281,14 +276,13 @@ class _Trainer:
                     total += divergence(teacher, self.model(ids, use_cache=False).logits).item()
         return total / len(held)
 
-    def _slopes(self, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """hidden [n, H], weights [n, k] descending and measured costs [n, k - 1] of every site, n tokens of windows."""
-        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    def _slopes(self, ids: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+        """hidden [n, H], ids, weights and measured costs [n, k] of every site, n tokens of windows."""
+        seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
         def tap(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Pruned:
-            descending, ids = _descending(ids, weights)
-            leaf = descending.detach().requires_grad_()
-            seen.append((hidden.detach(), leaf))
+            leaf = weights.detach().float().requires_grad_()
+            seen.append((hidden.detach(), ids, leaf))
             return ids, leaf.to(weights.dtype)
 
         with self._attached([tap] * len(self.sites)):
@@ -296,10 +290,10 @@ class _Trainer:
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=self._generator()).squeeze(1)
         loss = cross_entropy(logits, drawn, reduction="sum")
         _finite(loss, "the loss of a window")
-        slopes = torch.autograd.grad(loss, [leaf for _, leaf in seen])
+        slopes = torch.autograd.grad(loss, [leaf for *_, leaf in seen])
         return [
-            (hidden, leaf.detach(), measured_costs(slope, leaf.detach(), site.renormalises))
-            for site, (hidden, leaf), slope in zip(self.sites, seen, slopes, strict=True)
+            (hidden, ids, leaf.detach(), measured_costs(slope, leaf.detach(), site.renormalises))
+            for site, (hidden, ids, leaf), slope in zip(self.sites, seen, slopes, strict=True)
         ]
 
     def _calibrate(self, held: torch.Tensor, progress: Progress, label: str, *, unpruned: bool = False) -> float:
@@ -326,14 +320,10 @@ class _Trainer:
 
         def recorder(site: Site, selector: Selector) -> Prune:
             def record(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Pruned:
-                descending, order = _descending(ids, weights)
-                log_costs = selector.log_costs(hidden, descending)
-                records.append(log_costs)
+                records.append(selector.log_costs(hidden, ids, weights.float()))
                 if silent:
                     return ids, weights
-                kept = scores_of(log_costs).argmax(-1)
-                rows = candidates(descending, site.renormalises)
-                return order, rows[torch.arange(len(kept), device=kept.device), kept].to(weights.dtype)
+                return ids, rescale(weights, worth_running(records[-1]), site.renormalises)
 
             return record
 
@@ -366,6 +356,8 @@ class _Trainer:
         return torch.Generator(self.model.device).manual_seed(self.settings.seed * self.settings.steps + self.step)
 
     def _check_target(self) -> None:
+        if all(site.top_k < 2 for site in self.sites):
+            raise PruningError("a router that chooses 1 expert a token leaves nothing to drop")
         offered = sum(site.top_k for site in self.sites)
         limit = (offered - len(self.sites)) / offered
         if self.settings.target >= limit:
@@ -387,43 +379,24 @@ class _Choices:
 
     def pruner(self, site: Site, selector: Selector) -> Prune:
         def prune(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Pruned:
-            descending, ids = _descending(ids, weights)
             # the choice, not what earlier choices did to its inputs, is what a selector answers for
-            scores = selector.scores(hidden.detach(), descending.detach())
-            choice = draw_choice(scores, self._temperature, self._generator)
+            log_costs = selector.log_costs(hidden.detach(), ids, weights.detach().float())
+            descending, order = log_costs.sort(dim=-1, descending=True, stable=True)
+            choice = draw_choice(scores_of(descending), self._temperature, self._generator)
             counts = torch.arange(1, site.top_k + 1, device=choice.device, dtype=choice.dtype)
             self.drawn = self.drawn + (choice @ counts).sum()
-            self.likeliest += int(scores.detach().argmax(-1).add(1).sum())
-            return ids, mix(choice, descending, site.renormalises).to(weights.dtype)
+            self.likeliest += int(worth_running(log_costs.detach()).sum())
+            ids, weights = (each.gather(-1, order) for each in (ids, weights))
+            return ids, mix(choice, weights.float(), site.renormalises).to(weights.dtype)
 
         return prune
 
 
 def price_for(records: Sequence[torch.Tensor], target: float) -> float:
-    """The price of an expert at which `target` of the activations is dropped, from log-costs [n, k - 1] of many
-    tokens and layers; the closest that ties allow."""
-    groups: dict[int, list[torch.Tensor]] = {}
-    for each in records:
-        groups.setdefault(each.shape[1], []).append(each)
-    joined = [torch.cat(each) for each in groups.values()]
-    offered = sum(each.shape[0] * (each.shape[1] + 1) for each in joined)
-
-    def dropped(log_price: float) -> float:
-        return 1 - sum(int(scores_of(z - log_price).argmax(-1).add(1).sum()) for z in joined) / offered
-
-    ends = [each.aminmax() for each in joined]
-    low = min(float(end.min) for end in ends) - 1 - math.log(max(groups) + 1)
-    high = max(float(end.max) for end in ends) + 1
-    for _ in range(_ROUNDS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if dropped(middle) < target else (low, middle)
-    return math.exp(high)
-
-
-def _descending(ids: torch.Tensor, weights: torch.Tensor) -> Pruned:
-    """Both [T, k], in descending order of weight; the weights as float32."""
-    descending, order = weights.float().sort(dim=-1, descending=True, stable=True)
-    return descending, ids.gather(-1, order)
+    """The price of an expert at which `target` of the activations is dropped, from log-costs [n, k] of many tokens and
+    layers; the closest that ties allow."""
+    others = torch.cat([z.sort(dim=-1).values[:, :-1].flatten() for z in records])
+    return math.exp(threshold_for(others, sum(z.numel() for z in records), target))
 
 
 def _finite(loss: torch.Tensor, name: str) -> None:
