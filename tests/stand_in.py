@@ -74,12 +74,15 @@ class Kernels(types.ModuleType):
         super().__init__("moepress.kernels.cuda.run")
         self.calls: list[str] = []
         self.warmed: list[Any] = []
-        self.RecordBank, self.MAX_EXPERTS = RecordBank, 512
+        self.RecordBank, self.MAX_EXPERTS, self.MAX_SLOTS = RecordBank, 512, 32
 
     def why_not_linear(self, device: torch.device, dtype: torch.dtype, layout: RecordLayout) -> str | None:
+        return self.why_not_columns(device, dtype, layout.columns)
+
+    def why_not_columns(self, device: torch.device, dtype: torch.dtype, columns: int) -> str | None:
         if dtype not in (torch.bfloat16, torch.float16):
             return f"inputs are {dtype}"
-        return f"{layout.columns} inputs are no multiple of 8" if layout.columns % 8 else None
+        return f"{columns} inputs are no multiple of 8" if columns % 8 else None
 
     def why_not_experts(
         self,

@@ -28,7 +28,9 @@ from moepress.errors import CheckpointError
 from moepress.format.manifest import EXPERTS_GUARD, QUANT_METHOD, Manifest
 from moepress.graph.families import family_of
 from moepress.graph.view import Family
+from moepress.pruning.attach import rules_of
 from moepress.pruning.rule import Rule
+from moepress.pruning.selector import compile_selectors, settle_selectors
 from moepress.pruning.stored import PRUNING, attach_stored, read_rules
 from moepress.runtime.build import check_claims, check_files, check_shapes, install
 from moepress.runtime.warmup import compile_kernels, prepare
@@ -104,12 +106,14 @@ def warmup(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     compileable = _settle(model, dtype)
     compile_kernels(model, dtype, _top_k(model))
+    compile_selectors(rules_of(model), dtype, _top_k(model))
     if isinstance(quantizer := getattr(model, "hf_quantizer", None), MoepressQuantizer):
         quantizer.compileable = compileable
 
 
 def _settle(model: nn.Module, dtype: torch.dtype) -> bool:
     """Chooses kernels for all layers and packs; whether neither compressed nor kept experts (3-D) need a loop."""
+    settle_selectors(rules_of(model), dtype, _top_k(model))
     return prepare(model, dtype, _top_k(model)) and not any(parameter.ndim == 3 for parameter in model.parameters())
 
 

@@ -13,6 +13,7 @@ import torch
 from moepress.format.spec import BITS
 from moepress.kernels.cuda import compiler
 from moepress.kernels.cuda.compiler import Request
+from moepress.kernels.cuda.select import SOURCE, select_instance
 from moepress.kernels.records import RecordLayout
 
 pytestmark = pytest.mark.skipif(bool(compiler.why_not()), reason=f"NVRTC is needed: {compiler.why_not()}")
@@ -47,8 +48,11 @@ def cases() -> Iterator[tuple[str, str]]:
 def test_kernels_compile(every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEPRESS_CACHE", str(tmp_path))
     requests = [Request(source, instance, "sm_90a") for source, instance in sorted(set(cases()))]
-    # what the decode body needs is there from Ampere on
-    decode = [each for each in requests if each.source == "gemv.cu"]
+    selectors = [select_instance(torch.bfloat16, 8, few) for few in (True, False)]
+    selectors += [select_instance(torch.float16, projections, True) for projections in (1, 3, 32)]
+    requests += [Request(SOURCE, instance, "sm_90a") for instance in selectors]
+    # what selectors and the decode body need is there from Ampere on
+    decode = [each for each in requests if each.source in ("gemv.cu", SOURCE)]
     requests += [replace(each, arch=arch) for each in decode for arch in ("sm_80", "sm_89")]
     chosen = requests[::every]
     done = compiler.warm(chosen)

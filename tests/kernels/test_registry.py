@@ -14,7 +14,7 @@ from moepress.errors import KernelError
 from moepress.format.spec import WeightSpec
 from moepress.kernels import registry
 from moepress.kernels.banks import describe, parse
-from moepress.kernels.problem import EXPERTS, LINEAR, Problem
+from moepress.kernels.problem import EXPERTS, LINEAR, SELECTOR, Problem
 from moepress.kernels.records import RecordLayout
 from moepress.kernels.registry import CUDA, REFERENCE, TRITON, Row, explain, select
 from stand_in import Kernels, stand_in
@@ -149,6 +149,25 @@ def test_an_override_that_cannot_run_says_why(value: str, words: str, monkeypatc
     monkeypatch.setenv(registry.OVERRIDE, value)
     with pytest.raises(KernelError, match=words):
         select(problem())
+
+
+def test_a_selectors_kernel_runs_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> None:
+    asked = problem(SELECTOR, GPU, layouts=(), columns=64, top_k=2)
+    with pytest.warns(UserWarning, match="runs selector in plain torch .*: no GPU has measured .*=cuda runs it"):
+        assert select(asked) == REFERENCE
+    monkeypatch.setenv(registry.OVERRIDE, CUDA)
+    assert select(asked) == CUDA
+    for change, reason in (
+        ({"columns": 36}, "no multiple of 8"),
+        ({"top_k": 33}, "at most 32 experts a token, not 33"),
+    ):
+        with pytest.raises(KernelError, match=f"cannot run selector here: .*{reason}"):
+            select(Problem(**(vars(asked) | change)))
+
+
+def test_an_override_is_nothing_to_an_operation_that_has_no_such_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(registry.OVERRIDE, TRITON)
+    assert select(problem(SELECTOR, layouts=(), columns=64)) == REFERENCE
 
 
 def test_problems_are_values() -> None:

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moepress.errors import PruningError
+from moepress.kernels.selector.reference import worth_running
 from moepress.pruning.attach import attach, counting, detach, pruners_of
 from moepress.pruning.baselines import Threshold, calibrate, chance_rules
 from moepress.pruning.objective import divergence
-from moepress.pruning.selector import worth_running
 from moepress.pruning.sites import moe_sites
 from moepress.pruning.train import State, Trained, TrainingSettings, price_for, train
 from tiny import VOCABULARY, tiny_model

@@ -10,7 +10,7 @@ import torch
 from moepress.format.spec import WeightSpec
 from moepress.kernels.records import RecordLayout
 
-LINEAR, EXPERTS = "linear", "experts"
+LINEAR, EXPERTS, SELECTOR = "linear", "experts", "selector"
 SILU = "silu"
 
 
@@ -21,7 +21,7 @@ class Problem:
     `layouts` are those of its records, each kind once: of the matrix, or of the experts' gate and up interleaved;
     `down` those of the experts' down, of which there are `experts`. `compensated` and `compensated_down` are the specs
     among them that have a compensator. `top_k` is how many experts a token has. `offloaded` weights come to the device
-    for each call and go again.
+    for each call and go again. A selector has no records, but `columns` of inputs.
     """
 
     op: str
@@ -35,3 +35,4 @@ class Problem:
     top_k: int = 1
     activation: str = SILU
     offloaded: bool = False
+    columns: int = 0

@@ -3,8 +3,9 @@
 
 The first row of an operation that can run is taken. On a CUDA device the reference is never taken in silence: a
 warning names each reason once. MOEPRESS_KERNELS=reference (or cuda, or triton), read when a layer meets its first
-input, takes that row and no other, and is an error where it cannot run. Triton's is taken in no other way until a GPU
-has measured it. On the CPU the reference is what there is, and nothing is said.
+input, takes that row and no other, and is an error where it cannot run; an operation without such a row keeps its own
+order. What no GPU has measured yet is taken in no other way: Triton's kernels, and the selector's on CUDA. On the CPU
+the reference is what there is, and nothing is said.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from moepress.kernels.experts import cuda as experts_cuda
 from moepress.kernels.experts import triton as experts_triton
 from moepress.kernels.linear import cuda as linear_cuda
 from moepress.kernels.linear import triton as linear_triton
-from moepress.kernels.problem import EXPERTS, LINEAR, Problem
+from moepress.kernels.problem import EXPERTS, LINEAR, SELECTOR, Problem
+from moepress.kernels.selector import cuda as selector_cuda
 
 CUDA, TRITON, REFERENCE = "cuda", "triton", "reference"
 OVERRIDE = "MOEPRESS_KERNELS"
@@ -59,6 +61,14 @@ def _triton(problem: Problem) -> str | None:
     return experts_triton.why_not(problem.device, problem.dtype, bits, problem.activation)
 
 
+def _selector(problem: Problem) -> str | None:
+    if reason := selector_cuda.why_not(problem):
+        return reason
+    if os.environ.get(OVERRIDE) != CUDA:
+        return f"no GPU has measured the selector's CUDA kernel yet; {OVERRIDE}={CUDA} runs it"
+    return None
+
+
 ROWS = (
     # the fastest first
     Row(LINEAR, CUDA, linear_cuda.why_not),
@@ -67,6 +77,8 @@ ROWS = (
     Row(EXPERTS, CUDA, experts_cuda.why_not),
     Row(EXPERTS, TRITON, _triton),
     Row(EXPERTS, REFERENCE, _always),
+    Row(SELECTOR, CUDA, _selector),
+    Row(SELECTOR, REFERENCE, _always),
 )
 
 
@@ -82,9 +94,11 @@ def select(problem: Problem) -> str:
 def explain(problem: Problem) -> list[Choice]:
     """Every row of the problem's operation in order, one of them chosen. Errors as in `select`."""
     reasons = {row.name: row.why_not(problem) for row in ROWS if row.op == problem.op}
-    wanted = os.environ.get(OVERRIDE)
-    if wanted and wanted not in reasons:
-        raise KernelError(f"{OVERRIDE} is {wanted!r}; choose one of {', '.join(reasons)}, or unset it")
+    wanted, names = os.environ.get(OVERRIDE), dict.fromkeys(row.name for row in ROWS)
+    if wanted and wanted not in names:
+        raise KernelError(f"{OVERRIDE} is {wanted!r}; choose one of {', '.join(names)}, or unset it")
+    if wanted not in reasons:
+        wanted = None
     if wanted and reasons[wanted] is not None:
         raise KernelError(f"{OVERRIDE} is {wanted!r}, which cannot run {problem.op} here: {reasons[wanted]}; unset it")
     chosen = wanted or next(name for name, reason in reasons.items() if reason is None)

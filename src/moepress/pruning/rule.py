@@ -60,6 +60,12 @@ class Rule(nn.Module):
         order -> bool [T, k] in the same places: which choices are kept, at least one of each token."""
         raise NotImplementedError
 
+    def fused(
+        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, renormalises: bool
+    ) -> Pruned | None:
+        """What `prune` gives for experts that skip, by one kernel; None where there is none for these inputs."""
+        return None
+
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON has them; with `kind` and the state dict they make the rule again."""
         return {}
@@ -97,6 +103,8 @@ def prune(
 
     `renormalises`: whether kept weights take over the sum; `skips`: whether the experts skip ids outside 0..E-1.
     """
+    if skips and (fused := rule.fused(hidden, ids, weights, renormalises)) is not None:
+        return fused
     kept = rule(hidden, ids, weights.float())
     pruned = rescale(weights, kept, renormalises)
     return (ids.where(kept, -1) if skips else ids), pruned

@@ -1,45 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selector: the learned rule. From a token to what leaving out each of its experts would cost, to those worth running.
 
-For the token's hidden vector x [H] and a choice of expert e with routing weight w, with P [r, H], S [E, r], o [E] and p
-learned:
+The arithmetic is moepress/kernels/selector/reference.py: r = 8 features of the token's hidden vector, and what they say
+of the cost of leaving out each expert, times a power of its routing weight. Where experts are compressed and the GPU
+has a kernel for it, that is one launch.
 
-    f      = P x / rms(x)                       r features
-    z      = o_e + S_e f + p log w
-    cost   = exp(z)                             of leaving this choice out, where running an expert costs 1
-    kept   = cost >= 1 + dial, and the choice of the largest cost in any case
-
-So a token keeps the first of its choices in the order of their costs, as many as are worth it, and the dial is the
-price of running an expert, less what it was in training: 0 is as trained, 1 doubles the price, -1 makes experts free
-and keeps all. A cost that was learned is good at every price, so no dial needs training of its own.
+A token keeps the first of its choices in the order of their costs, as many as are worth it, and the dial is the price
+of running an expert, less what it was in training: 0 is as trained, 1 doubles the price, -1 makes experts free and
+keeps all. A cost that was learned is good at every price, so no dial needs training of its own.
 
 OTP (MC#, arXiv 2510.10962) has a light router per layer that learns a distribution over masks from the token and its
-gate scores. That its outputs are costs of single experts, which add up, their form, and the sizes are ours: one layer's
-H r + E (r + 1) + 1 parameters are a few thousand. r = 8; 4 cost 2 % more, and networks with hidden units or with all
-weights of a token as features cost as much (docs/LOG.md).
+gate scores. That its outputs are costs of single experts, which add up, their form, and the sizes are ours: one
+layer's H r + E (r + 1) + 1 parameters are a few thousand. 4 features lose 2 % more than 8, and networks with hidden
+units or with all weights of a token as features lose as much (docs/LOG.md).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
 from moepress.errors import PruningError
-from moepress.pruning.rule import Rule
+from moepress.kernels.problem import SELECTOR, Problem
+from moepress.kernels.registry import CUDA, select
+from moepress.kernels.selector.cuda import select_experts
+from moepress.kernels.selector.reference import Costs, log_costs, worth_running
+from moepress.pruning.rule import Pruned, Rule
 
 if TYPE_CHECKING:
     from moepress.pruning.sites import Site
 
 PROJECTIONS = 8
-"""r."""
-_EPS = 1e-6
-"""In the mean square of x, as in the norms of transformers' models; and the least weight that has a logarithm."""
+"""r, at most 32."""
 _POWER = 2.0
 """p before training: a cost is quadratic in what is left out."""
+_TOGETHER = 64.0
+"""As many choices of the layer's mean expert are added to those that an expert was seen in."""
 
 
 class Selector(Rule):
@@ -48,14 +48,18 @@ class Selector(Rule):
     kind = "selector"
 
     def __init__(self, hidden_size: int, num_experts: int, projections: int = PROJECTIONS) -> None:
-        """Keeps all experts until it is trained."""
+        """Keeps all experts until it is trained. PruningError for more than 32 projections, a lane of a warp each."""
         super().__init__()
+        if not 1 <= projections <= 32:
+            raise PruningError(f"a selector has 1 to 32 projections, not {projections}")
         self.hidden_size, self.num_experts, self.projections = hidden_size, num_experts, projections
         self.projection = nn.Parameter(torch.zeros(projections, hidden_size))
         self.sensitivity = nn.Parameter(torch.zeros(num_experts, projections))
         # a cost that any price stays below
         self.offset = nn.Parameter(torch.full((num_experts,), math.log(torch.finfo(torch.float32).max) / 2))
         self.power = nn.Parameter(torch.tensor(_POWER))
+        self._settled: dict[tuple[torch.dtype, int], bool] = {}
+        self._settled_on: torch.device | None = None
 
     def settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("hidden_size", "num_experts", "projections")}
@@ -67,15 +71,41 @@ class Selector(Rule):
                 f"for {self.hidden_size} and {self.num_experts}"
             )
 
+    @property
+    def costs(self) -> Costs:
+        return Costs(self.projection, self.sensitivity, self.offset, self.power)
+
     def log_costs(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """`forward`'s arguments -> z, float32 [T, k]."""
-        x = hidden.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _EPS)
-        of_all = linear(linear(x, self.projection), self.sensitivity, self.offset)
-        return of_all.gather(-1, ids.long()) + self.power * weights.clamp(min=_EPS).log()
+        return log_costs(hidden, ids, weights, self.costs)
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return worth_running(self.log_costs(hidden, ids, weights), 1 + self.dial)
+
+    def fused(
+        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, renormalises: bool
+    ) -> Pruned | None:
+        if not self.settle(hidden.device, hidden.dtype, ids.shape[-1]):
+            return None
+        return select_experts(hidden, ids, weights, self.costs, self.dial, renormalises)
+
+    def settle(self, device: torch.device, dtype: torch.dtype, top_k: int) -> bool:
+        """Whether the CUDA kernel runs for inputs of this dtype on this device. KernelError as `registry.select`."""
+        if device == self._settled_on and (found := self._settled.get((dtype, top_k))) is not None:
+            return found
+        if torch.compiler.is_compiling() and device.type != "cuda":
+            return False
+        return self._settle(device, dtype, top_k)
+
+    @torch.compiler.disable(
+        reason="a selector meets its first input; run the model once, or moepress.warmup(model), before"
+    )
+    def _settle(self, device: torch.device, dtype: torch.dtype, top_k: int) -> bool:
+        if device != self._settled_on:
+            self._settled, self._settled_on = {}, device
+        problem = Problem(SELECTOR, device, dtype, (), top_k=top_k, columns=self.hidden_size)
+        self._settled[dtype, top_k] = select(problem) == CUDA
+        return self._settled[dtype, top_k]
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -106,10 +136,16 @@ class Selector(Rule):
         self.offset -= math.log(price)
 
 
-_TOGETHER = 64.0
-"""As many choices of the layer's mean expert are added to those that an expert was seen in."""
+def settle_selectors(rules: Iterable[Rule], dtype: torch.dtype, top_k: int | None) -> list[Selector]:
+    """Settles which kernel runs for inputs of `dtype`; those of `rules` that run on CUDA's. KernelError as `settle`."""
+    mine = [rule for rule in rules if isinstance(rule, Selector)]
+    return [each for each in mine if top_k and each.settle(each.dial.device, dtype, top_k)]
 
 
-def worth_running(log_costs: torch.Tensor, price: torch.Tensor | float = 1.0) -> torch.Tensor:
-    """z [..., k] -> bool [..., k]: which are kept where an expert costs `price`."""
-    return (log_costs.exp() >= price).scatter(-1, log_costs.argmax(-1, keepdim=True), True)
+def compile_selectors(rules: Iterable[Rule], dtype: torch.dtype, top_k: int | None) -> None:
+    """Compiles what they need. KernelError where it does not compile."""
+    kinds = {(each.projections, each.dial.device) for each in settle_selectors(rules, dtype, top_k)}
+    if kinds:
+        from moepress.kernels.cuda.select import warm
+
+        warm(dtype, kinds)

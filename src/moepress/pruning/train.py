@@ -28,12 +28,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from moepress.errors import PruningError
+from moepress.kernels.selector.reference import worth_running
 from moepress.progress import Progress, silent
 from moepress.pruning.attach import attach, detach
 from moepress.pruning.baselines import chance_rules, threshold_for
 from moepress.pruning.objective import cost_loss, divergence, draw_choice, measured_costs, mix, scores_of
 from moepress.pruning.rule import Prune, Pruned, Rule, rescale
-from moepress.pruning.selector import PROJECTIONS, Selector, worth_running
+from moepress.pruning.selector import PROJECTIONS, Selector
 from moepress.pruning.sites import Site, moe_sites
 
 State = dict[str, Any]

@@ -37,14 +37,19 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 def why_not_linear(device: torch.device, dtype: torch.dtype, layout: RecordLayout) -> str | None:
     """None where `linear` can run, else the reason it cannot."""
+    return why_not_columns(device, dtype, layout.columns)
+
+
+def why_not_columns(device: torch.device, dtype: torch.dtype, columns: int) -> str | None:
+    """The same of any kernel, whose inputs have so many columns."""
     if device.type != "cuda":
         return f"CUDA kernels need a CUDA device, and this layer is on {device.type}"
     if (capability := torch.cuda.get_device_capability(device)) != (9, 0):
         return f"CUDA kernels are for compute capability 9.0, and {device} has {'.'.join(map(str, capability))}"
     if dtype not in DTYPES:
         return f"CUDA kernels take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    if layout.columns % 8:
-        return f"CUDA kernels need in_features that are a multiple of 8, not {layout.columns}"
+    if columns % 8:
+        return f"CUDA kernels need in_features that are a multiple of 8, not {columns}"
     return None
 
 
