@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The selector's CUDA kernel against its definition in float64; the yardstick is torch in float32."""
+"""The selector's CUDA kernel against its definition in float64: the same decisions but for costs next to the price."""
 
 from __future__ import annotations
 
