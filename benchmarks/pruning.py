@@ -3,13 +3,13 @@
 
     python benchmarks/pruning.py DIR --text FILE --ppl FILE [--ppl FILE ...] [--task lambada=FILE] [--trained DIR2 ...]
                                  [--only otp,threshold] [--targets 0.1,0.2,0.3] [--dials -0.4,0,0.5] [--device cuda]
-    python benchmarks/pruning.py --plot
+    python benchmarks/pruning.py --plot MODEL [MODEL ...]
 
 DIR is a checkpoint without rules, compressed or not; `--text` calibrates the thresholds, and each `--trained` is a
 folder that `moepress train-pruning DIR` made, of which every dial is a point. Perplexity is that of disjoint windows
 (`--window`) in float32, over the first 16,384 tokens; what is lost is log-perplexity, of a task accuracy. The share is
 what was dropped on just that text. Rows go to pruning.csv as they are measured; `--plot` draws pruning.svg from the
-newest row of each point (needs matplotlib).
+newest row of each point of these models, which go by their folders' names (needs matplotlib).
 """
 
 from __future__ import annotations
@@ -139,13 +139,14 @@ def append(new: Sequence[dict[str, str]]) -> None:
         table.writerows(new)
 
 
-def plot() -> None:
+def plot(models: Sequence[str]) -> None:
     from matplotlib.figure import Figure
 
     newest: dict[tuple[str, ...], dict[str, str]] = {}
     with CSV.open(newline="") as file:
         for row in csv.DictReader(file):
-            newest[row["model"], row["text"], row["curve"], row["point"]] = row
+            if row["model"] in models and row["metric"] == "perplexity":
+                newest[row["model"], row["text"], row["curve"], row["point"]] = row
     panels = list(dict.fromkeys((model, text) for model, text, _, _ in newest))
     figure = Figure(figsize=(6.5 * len(panels), 5), layout="constrained")
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -184,10 +185,10 @@ def main() -> None:
     parser.add_argument("--dials", type=numbers, default=[0.0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--note", default="")
-    parser.add_argument("--plot", action="store_true")
+    parser.add_argument("--plot", nargs="+", metavar="MODEL")
     given = parser.parse_args()
     if given.plot:
-        return plot()
+        return plot(given.plot)
     bench = Bench(given)
     # compressed layers are dequantised once, not for each call; the values are the same
     with torch.inference_mode(), differentiable(bench.model, keep=True):
