@@ -22,7 +22,11 @@ struct SelectArguments {
     int tokens, slots, num_experts, columns;  // columns a multiple of 8, slots at most 32
 };
 
-constexpr int SELECT_THREADS = 256, SELECT_WARPS = SELECT_THREADS / WARP;
+constexpr int SELECT_WARPS = 8;                 // that multiply
+// A token of its own gets a warp of its own that asks for its choices' numbers, two loads that wait for each other, while
+// the others multiply.
+template <int TOKENS> constexpr int DECIDERS_FROM = TOKENS == 1 ? SELECT_WARPS : 0;
+template <int TOKENS> constexpr int SELECT_THREADS = WARP * (SELECT_WARPS + (TOKENS == 1));
 constexpr int OCTET = 8, CHUNK = WARP * OCTET;  // columns that a lane and a warp take at a time
 constexpr float LEAST = 1e-6f;                  // in the mean square of x, and the least weight that has a logarithm
 
@@ -34,6 +38,9 @@ __device__ __forceinline__ float add_lanes(float x) {
 
 // ---- clusters -----------------------------------------------------------------------------------------------------
 
+// What the blocks of a cluster send to the first one: into `parts` there, at the place that it has here, and `box`, an
+// mbarrier, counts the bytes. A barrier of the cluster instead would wait for all of the GPU's memory (MEMBAR).
+
 template <int CLUSTER> __device__ __forceinline__ int rank_in_cluster() {
     u32 rank = 0;
 #if __CUDA_ARCH__ >= 900
@@ -42,41 +49,48 @@ template <int CLUSTER> __device__ __forceinline__ int rank_in_cluster() {
     return rank;
 }
 
-// All blocks of a cluster have begun, so that their shared memory may be written.
-template <int CLUSTER> __device__ __forceinline__ void say_begun() {
+// All threads of all blocks, before and after which others' shared memory may be written.
+template <int CLUSTER> __device__ __forceinline__ void open_box(u64* box, int rank, int bytes) {
 #if __CUDA_ARCH__ >= 900
-    if (CLUSTER > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    if (CLUSTER == 1) return;
+    if (rank == 0 && threadIdx.x == 0) {
+        mbarrier_init(shared_address(box), 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        mbarrier_expect(shared_address(box), bytes);
+    }
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
-template <int CLUSTER> __device__ __forceinline__ void await_begun() {
+template <int CLUSTER> __device__ __forceinline__ void await_open() {
 #if __CUDA_ARCH__ >= 900
     if (CLUSTER > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
-// What was put before is there for the first block afterwards; the others need not wait.
-template <int CLUSTER> __device__ __forceinline__ void hand_over(int rank) {
+template <int CLUSTER> __device__ __forceinline__ void send(float* to, float value, u64* box) {
 #if __CUDA_ARCH__ >= 900
     if (CLUSTER > 1) {
-        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-        if (rank == 0) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-        return;
-    }
-#endif
-    __syncthreads();
-}
-
-// Into the first block's shared memory, at the place that `to` has here.
-template <int CLUSTER> __device__ __forceinline__ void put(float* to, float value) {
-#if __CUDA_ARCH__ >= 900
-    if (CLUSTER > 1) {
-        u32 address;
-        asm volatile("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(address) : "r"(shared_address(to)));
-        asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+        asm volatile("{.reg .u32 there, bar; mapa.shared::cluster.u32 there, %0, 0; mapa.shared::cluster.u32 bar, %1, 0; "
+                     "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %2, [bar];}"
+                     ::"r"(shared_address(to)), "r"(shared_address(box)), "f"(value) : "memory");
         return;
     }
 #endif
     *to = value;
+}
+
+// All threads of a block on its own; of a cluster, those that `receive`.
+template <int CLUSTER> __device__ __forceinline__ void await_parts(u64* box, bool receives) {
+#if __CUDA_ARCH__ >= 900
+    if (CLUSTER > 1) {
+        if (receives)
+            asm volatile("{.reg .pred done; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0; "
+                         "@done bra over; bra again; over:}" ::"r"(shared_address(box)) : "memory");
+        return;
+    }
+#endif
+    __syncthreads();
 }
 
 // ---- one token's choices ------------------------------------------------------------------------------------------
@@ -84,14 +98,14 @@ template <int CLUSTER> __device__ __forceinline__ void put(float* to, float valu
 // What a lane must know of its choice; asked for before the projections, which take as long.
 template <int R> struct Choice {
     long long id;
-    float weight, offset, power, price, sensitivity[R];
+    float weight, offset, power, dial, sensitivity[R];
 
     template <bool BF16> __device__ __forceinline__ void load(const SelectArguments& p, int token, int lane) {
         const bool real = lane < p.slots && token < p.tokens;
         const u64 at = (u64)token * p.slots + lane;
         id = !real ? 0 : p.ids_wide ? ((const long long*)p.ids)[at] : (long long)((const int*)p.ids)[at];
         weight = !real ? 0.f : p.weights_wide ? ((const float*)p.weights)[at] : widen<BF16>(((const u16*)p.weights)[at]);
-        power = *p.power, price = 1.f + *p.dial;
+        power = *p.power, dial = *p.dial;
         const long long e = id < 0 || id >= p.num_experts ? 0 : id;
         offset = p.offset[e];
 #pragma unroll
@@ -108,7 +122,7 @@ template <int R> struct Choice {
 #pragma unroll
         for (int step = WARP / 2; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
         const u32 dearest = __ballot_sync(~0u, real && z == most);
-        const bool kept = real && (expf(z) >= price || lane == max(__ffs(dearest), 1) - 1);
+        const bool kept = real && (expf(z) >= 1.f + dial || lane == max(__ffs(dearest), 1) - 1);
         float scale = 1.f;
         if (p.renormalises) {
             const float all = add_lanes(weight), rest = add_lanes(kept ? weight : 0.f);
@@ -152,24 +166,27 @@ template <bool BF16> __device__ __forceinline__ void load_x(float (&x)[OCTET], c
 }
 
 // R features; a cluster for each TOKENS tokens.
-template <bool BF16, int R, int CLUSTER, int TOKENS> __global__ void __launch_bounds__(SELECT_THREADS)
+template <bool BF16, int R, int CLUSTER, int TOKENS> __global__ void __launch_bounds__(SELECT_THREADS<TOKENS>)
 select(const SelectArguments p) {
     static_assert(R <= WARP && TOKENS <= SELECT_WARPS, "a lane has a feature, a warp decides for a token");
     constexpr int EACH = (R + SELECT_WARPS - 1) / SELECT_WARPS;  // rows of P a warp
     constexpr int AHEAD = TOKENS == 1 ? 2 : 1;                   // chunks under way
     __shared__ float parts[TOKENS][CLUSTER][R + 1];              // the last is the sum of squares
+    __shared__ __align__(8) u64 box;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int rank = rank_in_cluster<CLUSTER>(), first = blockIdx.x / CLUSTER * TOKENS;
-    say_begun<CLUSTER>();
+    const int own = warp - DECIDERS_FROM<TOKENS>;  // which token this warp decides for, if any
+    const bool decides = rank == 0 && own >= 0 && own < TOKENS;
+    open_box<CLUSTER>(&box, rank, sizeof(parts));
     float w[AHEAD][EACH][OCTET];
-    int column = rank * CHUNK + lane * OCTET;
+    // past the ends for warps that do not multiply
+    int column = warp < SELECT_WARPS ? rank * CHUNK + lane * OCTET : p.columns + lane * OCTET;
 #pragma unroll
     for (int a = 0; a < AHEAD; ++a) load_rows<R>(w[a], p, warp, column + a * CLUSTER * CHUNK);
     await_producers();
     allow_dependents();
     Choice<R> choice;
-    const bool decides = rank == 0 && warp < TOKENS;
-    if (decides) choice.template load<BF16>(p, first + warp, lane);
+    if (decides) choice.template load<BF16>(p, first + own, lane);
 
     float sums[EACH][TOKENS] = {}, squares[TOKENS] = {};
     while (column - lane * OCTET < p.columns) {
@@ -192,25 +209,25 @@ select(const SelectArguments p) {
 #pragma unroll
             for (int a = 0; a < AHEAD; ++a) load_rows<R>(w[a], p, warp, column + a * CLUSTER * CHUNK);
     }
-    await_begun<CLUSTER>();
+    await_open<CLUSTER>();
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t) {
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
             const int row = warp + i * SELECT_WARPS;
             const float sum = add_lanes(sums[i][t]);
-            if (lane == 0 && row < R) put<CLUSTER>(&parts[t][rank][row], sum);
+            if (lane == 0 && warp < SELECT_WARPS && row < R) send<CLUSTER>(&parts[t][rank][row], sum, &box);
         }
         const float sum = add_lanes(squares[t]);
-        if (lane == 0 && warp == 0) put<CLUSTER>(&parts[t][rank][R], sum);
+        if (lane == 0 && warp == 0) send<CLUSTER>(&parts[t][rank][R], sum, &box);
     }
-    hand_over<CLUSTER>(rank);
-    if (!decides || first + warp >= p.tokens) return;
+    await_parts<CLUSTER>(&box, decides);
+    if (!decides || first + own >= p.tokens) return;
     float feature = 0.f, square = 0.f;
 #pragma unroll
     for (int c = 0; c < CLUSTER; ++c) {
-        square += parts[warp][c][R];
-        if (lane < R) feature += parts[warp][c][lane];
+        square += parts[own][c][R];
+        if (lane < R) feature += parts[own][c][lane];
     }
-    choice.template decide<BF16>(p, first + warp, lane, feature * rsqrtf(square / p.columns + LEAST));
+    choice.template decide<BF16>(p, first + own, lane, feature * rsqrtf(square / p.columns + LEAST));
 }

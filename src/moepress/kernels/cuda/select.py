@@ -18,11 +18,11 @@ _Arguments = structure(
     "_Arguments", "x ids weights new_ids new_weights projection sensitivity offset power dial", "",
     "ids_wide weights_wide renormalises tokens slots num_experts columns",
 )  # fmt: skip
-SOURCE, THREADS = "select.cu", 256
+SOURCE = "select.cu"
 FEW = 64
 """Up to so many tokens a cluster of blocks shares one; beyond, the blocks are enough and share P instead."""
-_SHARES = {True: (8, 1), False: (1, 8)}
-"""Where tokens are few or not: blocks of a cluster, tokens of a cluster."""
+_SHARES = {True: (8, 1, 288), False: (1, 8, 256)}
+"""Where tokens are few or not: blocks of a cluster, tokens of a cluster, threads of a block."""
 
 
 def launch_select(
@@ -30,7 +30,7 @@ def launch_select(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [T, H] in bf16 or fp16, ids [T, k] int64 or int32, weights [T, k] float32 or x's dtype -> new ids, weights."""
     few = len(x) <= FEW
-    cluster, each = _SHARES[few]
+    cluster, each, threads = _SHARES[few]
     new_ids, new_weights = torch.empty_like(ids), torch.empty_like(weights)
     arguments = _Arguments(
         *(tensor.data_ptr() for tensor in (x, ids, weights, new_ids, new_weights, *costs, dial)),
@@ -39,12 +39,12 @@ def launch_select(
     )  # fmt: skip
     function = find_function(SOURCE, select_instance(x.dtype, len(costs.projection), few), x.device.index)
     blocks = cluster * -(-len(x) // each)
-    function.launch(blocks, THREADS, 0, (arguments,), cluster=cluster, programmatic=True)
+    function.launch(blocks, threads, 0, (arguments,), cluster=cluster, programmatic=True)
     return new_ids, new_weights
 
 
 def select_instance(dtype: torch.dtype, projections: int, few: bool) -> str:
-    cluster, each = _SHARES[few]
+    cluster, each, _ = _SHARES[few]
     return f"select<{is_bf16(dtype)}, {projections}, {cluster}, {each}>"
 
 
