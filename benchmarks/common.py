@@ -54,16 +54,16 @@ def finish(benchmark: str, figures: Sequence[Figure], *, device: str = "cpu", pe
         | where
         for f in figures
     ]
-    record(rows)
+    append_rows(RESULTS, COLUMNS, rows)
     values = {f.metric: float(f"{f.value:.6g}") for f in figures}
     print(json.dumps({"benchmark": benchmark, **where, "figures": values}), flush=True)
 
 
-def record(rows: Iterable[dict[str, Any]]) -> None:
-    """Appends rows to results.csv; the header is written with the first."""
-    fresh = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+def append_rows(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Appends rows to a file of results; the header is written with the first."""
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        table = csv.DictWriter(file, columns, lineterminator="\n")
         if fresh:
             table.writeheader()
         table.writerows(rows)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import HERE, environment
+from common import HERE, append_rows, environment
 from transformers import AutoConfig
 
 from moepress.evaluate.load import load_model
@@ -125,18 +125,9 @@ class Bench:
                 "value": f"{value:.4f}", "loss": f"{math.log(value / before) if is_text else before - value:.5f}",
                 "note": self.given.note, **self.where,
             })  # fmt: skip
-        append(new)
+        append_rows(CSV, COLUMNS, new)
         for row in new:
             print(*(f"{row[key]!s:>18}" for key in ("curve", "point", "text", "dropped", "value", "loss")), flush=True)
-
-
-def append(new: Sequence[dict[str, str]]) -> None:
-    fresh = not CSV.exists()
-    with CSV.open("a", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if fresh:
-            table.writeheader()
-        table.writerows(new)
 
 
 def plot(models: Sequence[str]) -> None:

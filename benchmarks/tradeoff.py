@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from common import HERE, environment
+from common import HERE, append_rows, environment
 
 from moepress import Plan, Settings, compress_checkpoint, plan_budget, plan_by_pmq
 from moepress.evaluate.load import load_model
@@ -129,15 +129,6 @@ def known_base(model: str, texts: Mapping[str, str]) -> dict[str, float] | None:
     return {name: found[name] for name in texts} if set(texts) <= set(found) else None
 
 
-def append(new: list[dict[str, object]]) -> None:
-    fresh = not CSV.exists()
-    with CSV.open("a", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if fresh:
-            table.writeheader()
-        table.writerows(new)
-
-
 def plot() -> None:
     import matplotlib
 
@@ -187,8 +178,8 @@ def main() -> None:
     head = {"model": given.source.name, "note": given.note, **where}
     base = known_base(given.source.name, texts) or evaluate(given.source, texts, given.device)
     if not rows() or base != known_base(given.source.name, texts):
-        append([head | {"curve": "original", "point": "bf16", "bpw": 16, "text": name, "ppl": f"{ppl:.4f}", "loss": 0}
-            for name, ppl in base.items()])  # fmt: skip
+        head_row = head | {"curve": "original", "point": "bf16", "bpw": 16, "loss": 0}
+        append_rows(CSV, COLUMNS, [head_row | {"text": name, "ppl": f"{ppl:.4f}"} for name, ppl in base.items()])
     done = {(row["curve"], row["point"]) for row in rows() if row["commit"] == where["commit"] != "dirty"}
     chosen = list(points(given.source, given.stats, given.menus, given.device))
     if given.only:
@@ -201,7 +192,7 @@ def main() -> None:
             print(f"{given.minutes} minutes are over; run again for the rest", flush=True)
             return None
         new = measure(given.source, point, texts, base, given.stats, given.windows, given.device)
-        append([head | row for row in new])
+        append_rows(CSV, COLUMNS, [head | row for row in new])
         for row in new:
             print(
                 *(f"{row[key]!s:>16}" for key in ("curve", "point", "bpw", "text", "ppl", "loss", "compress_s")),
