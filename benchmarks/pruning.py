@@ -138,18 +138,20 @@ def plot(models: Sequence[str]) -> None:
         for row in csv.DictReader(file):
             if row["model"] in models and row["metric"] == "perplexity":
                 newest[row["model"], row["text"], row["curve"], row["point"]] = row
-    panels = list(dict.fromkeys((model, text) for model, text, _, _ in newest))
-    figure = Figure(figsize=(6.5 * len(panels), 5), layout="constrained")
+    # a text on which one rule was measured has nothing to compare
+    curves = {(model, text): {each[2] for each in newest if each[:2] == (model, text)} for model, text, _, _ in newest}
+    panels = [panel for panel, own in curves.items() if len(own - {"unpruned"}) > 1]
+    figure = Figure(figsize=(6.5 * len(panels), 6), layout="constrained")
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for curve in (*CURVES, *(curve + AS_THEY_ARE for curve in CURVES)):
             own = [row for (*where, name, _), row in newest.items() if (*where,) == panel and name == curve]
             found = sorted((float(row["dropped"]), max(float(row["loss"]), 1e-4)) for row in own)
             if found:
                 axis.plot(*zip(*found, strict=True), marker="o", markersize=4, label=curve)
-        axis.set(xlabel="share of routed activations dropped", ylabel="quality lost", title=", ".join(panel),
-                 yscale="log")  # fmt: skip
+        axis.set(xlabel="share of routed activations dropped", ylabel="log-perplexity lost (1e-4: that or less)",
+                 title=", ".join(panel), yscale="log")  # fmt: skip
         axis.grid(alpha=0.3, which="both")
-        axis.legend()
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
     figure.savefig(PLOT)
     print(f"wrote {PLOT}")
 
