@@ -163,9 +163,9 @@ def round_block(rest, upper, scale, zero, top, feed):  # type: ignore[no-untyped
 def _inverse_factor(moment: torch.Tensor, extra: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Upper Cholesky factor of the inverse of H [K, K], its columns in the given order.
 
-    With J reversing the columns and J H J = L L^T, the factor is J L^-1 J. At most one more copy of H at a time. Where H
-    is small that is in float64: the moment of one token has a condition of 1e5, and in float32 its factor is off by
-    1e-3, a little more or less by the CPU.
+    With J reversing the columns and J H J = L L^T, the factor is J L^-1 J. At most one more copy of H at a time, in
+    float64 where H is small: the moment of one token has a condition of 1e5, and in float32 its factor is off by 1e-3,
+    a little more or less by the CPU.
     """
     backwards = order.flip(0)
     factor = moment.index_select(0, backwards).index_select(1, backwards)
