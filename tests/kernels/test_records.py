@@ -77,15 +77,15 @@ def same_bits(found: Base, expected: Base) -> bool:
 
 def place(width: int, pair: int, r: int, bit: int) -> tuple[int, int]:
     """(word, bit of the word) of one bit of the code of the even column, in words of codes that are `width` bits."""
+    n, odd = pair // 2, 8 * (pair % 2)
     if width != 3:
-        words_begin_every = {1: 8, 2: 4, 4: 2, 8: 1}[width]
-        word, slot = divmod(pair, words_begin_every)
-        return word, width * (slot + words_begin_every * r) + bit
-    if pair == 7 and r == 1:
-        return bit, 15
-    if pair >= 6:
-        return {(6, 0): 0, (6, 1): 1, (7, 0): 2}[pair, r], 6 + bit
-    return pair // 2, (0, 3, 9, 12)[pair % 2 + 2 * r] + bit
+        word, slot = divmod(4 * r + n, {1: 8, 2: 4, 4: 2, 8: 1}[width])
+        return word, width * slot + odd + bit
+    if n < 2:
+        return r, 3 * n + odd + bit
+    if n == 2:
+        return 2, 3 * r + odd + bit
+    return (r, 6 + odd + bit) if bit < 2 else (2, 6 + r + odd)
 
 
 def by_the_book(codes: list[list[int]], scale: list[list[float]], zero: list[list[float]], bits: int, g: int) -> bytes:

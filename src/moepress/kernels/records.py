@@ -2,19 +2,21 @@
 """Records: a compressed weight in the order in which a GPU's tensor cores take it. Made at load, never on disk.
 
 A record is what one warp fetches at once: 16 rows by 64 U columns, U = 4, 2 or 1 units side by side, their codes first
-and then the scales and zeros that these codes need. A unit, 16 x 64, is four A operands of `mma.m16n8k16`, so that a
-lane l = 4 g + t meets its own 32 codes and no others. Pair p = 0..7 of the lane is two codes (e = 0, 1) next to each
-other in columns 8 p + 2 t + e, once in row g and once in row g + 8. Let a..h be pairs 0..7 of row g and A..H those of
-row g + 8. The low half of a 32-bit word holds e = 0 and the high half, 16 bits up in the same order, e = 1:
+and then the scales and zeros that these codes need. A unit, 16 x 64, is four A operands of `mma.m16n8k16` or, with
+bytes, two of `mma.m16n8k32`, so that a lane l = 4 g + t meets its own 32 codes and no others. Pair p = 0..7 of the lane
+is two codes (e = 0, 1) next to each other in columns 8 p + 2 t + e, once in row g and once in row g + 8. Let a..h be
+pairs 0..7 of row g and A..H those of row g + 8. The low half of a 32-bit word holds e = 0 and the high half, 16 bits up
+in the same order, e = 1; and of each half, the low byte has the even pairs and the high byte the odd ones:
 
-    4 bits   bit    15-12 11-8 7-4 3-0               3 bits   bit    15  14-12 11-9 8-6 5-3 2-0
-             word 0   B    A    b   a                         word 0  H0   B    A    g   b   a
-             word 1   D    C    d   c                         word 1  H1   D    C    G   d   c
-             word 2   F    E    f   e                         word 2  H2   F    E    h   f   e
-             word 3   H    G    h   g                         (H0 is the lowest bit of code H, H2 its highest)
+    4 bits   bit    15-12 11-8 7-4 3-0               3 bits   bit    15-14  13-11 10-8  7-6   5-3 2-0
+             word 0   d    b    c   a                         word 0  h10    d     b    g10    c   a
+             word 1   h    f    g   e                         word 1  H10    D     B    G10    C   A
+             word 2   D    B    C   A                         word 2  H2 h2  F     f    G2 g2  E   e
+             word 3   H    F    G   E                         (h10 are the lower two bits of code h, h2 its highest)
 
-1 and 2 bits are packed as 4 bits are, with 8 and 4 pairs a word, and 8 bits with one; 5 and 6 bits take a byte each
-here (word width B = 8). One shift and one mask of a word thus yield a code of both columns of a pair.
+1 and 2 bits are packed as 4 bits are, with 8 and 4 pairs a half, and 8 bits with two; 5 and 6 bits take a byte each
+here (word width B = 8). One shift and one mask of a word thus yield a code of both columns of a pair, in 16 bits each,
+or the four codes of two pairs, in a byte each: operands for 16-bit numbers and for integers alike.
 
     record   | B chunks of 32 lanes x U words              | 16 rows x m groups of (scale, zero) in fp16 |
              | word i = u B + w of a lane: chunk i // U,   | m = max(1, 64 U / group_size); 4 bytes      |
@@ -26,8 +28,8 @@ padded to 64 and columns to 64 (only U = 1 ever pads) with codes 0; padded rows,
 padding, have scale 0 and zero 0. The padded columns of a short last group do have its scale and zero: a kernel must
 multiply them by zeros. Where a group is wider than a record (128 and 64 columns), both of its records have it.
 
-Storing weights in fragment order is MARLIN's idea (Frantar et al., arXiv 2408.11743), there for 4 bits. The positional
-3-bit word, 32 codes in 3 words with only H in pieces, is ours.
+Storing weights in fragment order is MARLIN's idea (Frantar et al., arXiv 2408.11743), there for 4 bits. The 3-bit words,
+32 codes in 3 of which only g, h, G and H are in pieces, are ours.
 """
 
 from __future__ import annotations
@@ -279,12 +281,15 @@ class _Field(NamedTuple):
 def _fields(word_bits: int) -> tuple[_Field, ...]:
     """The picture above. Packing and unpacking both read it."""
     if word_bits == 3:
-        whole = [_Field(p, r, p // 2, 3 * (p % 2 + 3 * r), 0, 3) for p in range(6) for r in range(2)]
-        spare = [_Field(6, 0, 0, 6, 0, 3), _Field(6, 1, 1, 6, 0, 3), _Field(7, 0, 2, 6, 0, 3)]
-        return (*whole, *spare, *(_Field(7, 1, bit, 15, bit, 1) for bit in range(3)))
-    pairs = 8 // word_bits
+        whole = [_Field(p, r, r, 3 * (p // 2) + 8 * (p % 2), 0, 3) for p in range(4) for r in range(2)]
+        whole += [_Field(p, r, 2, 3 * r + 8 * (p % 2), 0, 3) for p in (4, 5) for r in range(2)]
+        lower = [_Field(p, r, r, 6 + 8 * (p % 2), 0, 2) for p in (6, 7) for r in range(2)]
+        return (*whole, *lower, *(_Field(p, r, 2, 6 + r + 8 * (p % 2), 2, 1) for p in (6, 7) for r in range(2)))
+    each = 8 // word_bits  # codes of a byte
     return tuple(
-        _Field(p, r, p // pairs, word_bits * (p % pairs + pairs * r), 0, word_bits) for p in range(8) for r in range(2)
+        _Field(p, r, (4 * r + p // 2) // each, word_bits * ((4 * r + p // 2) % each) + 8 * (p % 2), 0, word_bits)
+        for p in range(8)
+        for r in range(2)
     )
 
 

@@ -20,8 +20,8 @@ WARPS = 32
 """Warps of a block of `gemv`."""
 GEMV_STATIC = 40_000
 """More shared bytes than any instance of `gemv` declares for itself; the largest has 38,912."""
-COLUMNS, MAX_PAIRS = 8, 64
-"""Most tokens of a launch of `gemv`, and most pairs of token and expert where tokens are several."""
+COLUMNS, MAX_PAIRS = (1, 4, 8), 64
+"""Tokens that instances of `gemv` have room for, and most pairs of token and expert where tokens are several."""
 RESERVED = 1024
 """Shared bytes that the system keeps of each block, and those lost to aligning the ring of `grouped`."""
 HOPPER, STATIC = 227 << 10, 40 << 10
@@ -120,6 +120,11 @@ def gemv_teams(mode: Mode, bank: Bank, tokens: int, slots: int, processors: int)
     return teams
 
 
+def gemv_columns(tokens: int) -> int:
+    """The room for tokens of the instance that runs so many."""
+    return next(columns for columns in COLUMNS if tokens <= columns)
+
+
 @dataclass(frozen=True)
 class Room:
     """Dynamic shared bytes of `gemv`."""
@@ -141,7 +146,8 @@ def gemv_room(mode: Mode, bank: Bank, ranks: Ranks | None, tokens: int, slots: i
     layout, several = bank.any, tokens > 1
     units = layout.records_per_row_block * layout.units
     rows = {"DENSE": tokens, "GATE_UP": tokens, "DOWN": tokens * slots + several}[mode]
-    words = units * 32 + 4 * several + units * bank.segments * bank.sum_floats + 2 * several
+    padding = 16 * (gemv_columns(tokens) == 8) + 2 * several
+    words = units * 32 + units * bank.segments * 2 + padding
     record = max(bank.record_bytes, ranks.v_units * (128 * ranks.bits + 64) if ranks else 0)
     return Room(4 * rows * words, team.warps * team.groups * (record + 8))
 

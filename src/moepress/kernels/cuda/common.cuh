@@ -90,9 +90,9 @@ template <bool BF16> __device__ float widen(u16 x) { return Half<BF16>::lo(u32(x
 // ---- unpacking ----------------------------------------------------------------------------------------------------
 
 // A code left at mantissa bit p of a number whose last place there is worth 1 has unit weight whatever p is; only the
-// base 2^(MANTISSA - p) that comes with it differs. `place` is that p for pair `pair` of a unit (ours).
+// base 2^(MANTISSA - p) that comes with it differs. `place` is that p for pair `pair` of a unit (ours), in both rows.
 template <int B, bool BF16> __host__ __device__ constexpr int place(int pair) {
-    int p = B == 3 ? (pair < 6 ? 3 * (pair % 2) : 6) : B * (pair % (8 / B));
+    const int n = pair / 2, p = B == 3 ? (n == 3 ? 4 : n == 2 ? 0 : 3 * n) : B * (n % (8 / B));
     return BF16 && p + B > 7 ? 0 : p;
 }
 
@@ -132,26 +132,42 @@ __device__ __forceinline__ void unpack(const u32* word, u32 (&a)[16], u32 high_b
     for (int pair = 0; pair < 8; ++pair) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
+            const int n = pair / 2, odd = 8 * (pair % 2), q = 4 * r + n;
+            u32& x = a[2 * pair + r];
             if constexpr (B == 3) {
-                if (pair < 6) {
-                    a[2 * pair + r] = extract<3, BF16>(word[pair / 2], 3 * (pair % 2 + 3 * r), pair);
-                } else if (pair == 6 || r == 0) {
-                    a[2 * pair + r] = extract<3, BF16>(word[pair == 6 ? r : 2], 6, pair);
-                } else {  // the spare bits, one of each word
-                    const int p = place<3, BF16>(7);
-                    u32 x = Half<BF16>::exponent(p) * 0x10001u;
-#pragma unroll
-                    for (int i = 0; i < 3; ++i) x = select_or(word[i] >> (15 - p - i), 0x10001u << (p + i), x);
-                    a[15] = x;
+                if (n < 3) {
+                    x = extract<3, BF16>(word[n < 2 ? r : 2], 3 * (n < 2 ? n : r) + odd, pair);
+                } else {  // two bits from one word, the highest from another
+                    x = select_or(word[r] >> (2 + odd), 0x00300030u, Half<BF16>::exponent(4) * 0x10001u);
+                    x = select_or(word[2] >> (r + odd), 0x00400040u, x);
                 }
             } else if constexpr (B == 8 && BF16) {
-                a[2 * pair + r] = extract_byte_bf16(word[pair] >> (8 * r), high_base);
+                x = extract_byte_bf16(word[q] >> odd, high_base);
             } else {
-                constexpr int half = 8 / B;
-                a[2 * pair + r] = extract<B, BF16>(word[pair / half], B * (pair % half + half * r), pair);
+                constexpr int EACH = 8 / B;
+                x = extract<B, BF16>(word[q / EACH], B * (q % EACH) + odd, pair);
             }
         }
     }
+}
+
+// One unit's words -> the A registers of its two k-steps of integers, codes as bytes. Half the operations of `unpack`.
+template <int B> __device__ __forceinline__ void unpack_bytes(const u32* word, u32 (&a)[8]) {
+    constexpr u32 MASK = 0x01010101u * ((1u << B) - 1u);
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int q = 4 * r + n;
+            u32& x = a[2 * n + r];
+            if constexpr (B == 3) {
+                if (n < 3) x = (word[n < 2 ? r : 2] >> (3 * (n < 2 ? n : r))) & MASK;
+                else x = select_or(word[2] >> (4 + r), 0x04040404u, (word[r] >> 6) & 0x03030303u);
+            } else {
+                constexpr int EACH = 8 / B;
+                x = (word[q / EACH] >> (B * (q % EACH))) & MASK;
+            }
+        }
 }
 
 // ---- tensor cores -------------------------------------------------------------------------------------------------
@@ -167,6 +183,14 @@ template <bool BF16, bool ADD> __device__ __forceinline__ void mma(float (&c)[4]
     if constexpr (BF16) MMA("bf16");
     else MMA("f16");
 #undef MMA
+}
+
+// The same for unsigned bytes times signed ones.
+template <bool ADD> __device__ __forceinline__ void mma_bytes(int (&c)[4], const u32* a, u32 b0, u32 b1) {
+    const int x0 = ADD ? c[0] : 0, x1 = ADD ? c[1] : 0, x2 = ADD ? c[2] : 0, x3 = ADD ? c[3] : 0;
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+                 : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(x0), "r"(x1), "r"(x2), "r"(x3));
 }
 
 __device__ __forceinline__ void named_barrier(int id, int threads) {

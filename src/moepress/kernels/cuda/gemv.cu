@@ -2,9 +2,11 @@
 // y = x W^T for one token, or up to eight, at the speed of W's bytes: dense layers, and the experts those tokens chose.
 //
 // A warp streams whole records through its own ring of shared memory and multiplies them on the tensor cores with W as
-// the A operand and a column for each token. Codes keep the base that unpacking adds to them and are neither shifted to
-// zero nor scaled one by one: a group's accumulator starts at -sum(base x), known per group since x was staged, and scale
-// and zero are applied to the group's sum, (sum(q x) - zero sum(x)) scale (ours; the fragment order of W is MARLIN's idea).
+// the A operand. Codes stay integers, four to a register, which takes half the logic that numbers of 16 bits take, and so
+// x becomes integers too: of each segment that shares a scale, 15 bits below a power of two, as two bytes that are two
+// columns of B (ours; W in the order of fragments is MARLIN's idea). Sums of products are exact; scale and zero come after,
+// (sum(q x) - zero sum(x)) scale. Elements within 1/64 of a segment's largest are exact, the others lose less than 2^-15
+// of it: far below what storing y in 16 bits costs.
 // The warps of a block share the columns of a row block and add up in their order, so results do not depend on the grid
 // and repeat bitwise.
 //
@@ -123,19 +125,71 @@ __device__ void find_active(Active<NT>& active, const Arguments& p, const Compen
 
 // ---- x in shared memory -------------------------------------------------------------------------------------------
 
-// Rows of x as B fragments in unit order, and the sums of their segments.
+// Rows of x as B operands of bytes in unit order, and the scale and sum of their segments.
 struct Staged {
     u32* x;
     float* sums;
     int rows, words, row_sums, units;  // words and sums from row to row
 };
 
+// A float32 whose last place is worth 1: what is added to it lies, as an integer, in its lower bits.
+constexpr float INTEGERS = 12582912.f;
+
+// Octet `o` of a row as bytes. The lane with t = 0..3 of a fragment has columns 2 t, 2 t + 1 of each octet, 64 bytes of high
+// bytes a unit and 64 of low ones, in four words a lane: {even octet, odd octet} x {2 t, 2 t + 1}. Neighbours swap halves,
+// so that each has whole words. All lanes.
+template <int G, bool BF16>
+__device__ __forceinline__ void stage_octet(const Staged& s, const u32 (&octet)[4], int row, int o, bool inside) {
+    constexpr int SPAN = G == 32 ? 4 : 8;
+    float x[8];
+    u32 most = 0;
+#pragma unroll
+    for (int t = 0; t < 4; ++t) x[2 * t] = Half<BF16>::lo(octet[t]), x[2 * t + 1] = Half<BF16>::hi(octet[t]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) most = max(most, __float_as_uint(x[i]) & 0x7fffffffu);
+#pragma unroll
+    for (int mask = 1; mask < SPAN; mask *= 2) most = max(most, __shfl_xor_sync(~0u, most, mask));
+    // a power of two that makes the largest at least 2^13 and less than 2^14
+    const u32 exponent = max(most >> 23, 14u);
+    const float to_integers = __uint_as_float((267u - exponent) << 23);
+    const float scale = __uint_as_float(exponent == 255 ? 0x7fc00000u : (exponent - 13u) << 23);  // infinity spoils all
+    u32 sum = 0;
+    u32 bytes[4];  // of two columns: low, low, high, high
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+        const u32 a = __float_as_uint(fmaf(x[2 * t], to_integers, INTEGERS));
+        const u32 b = __float_as_uint(fmaf(x[2 * t + 1], to_integers, INTEGERS));
+        sum += a + b;
+        bytes[t] = __byte_perm(a + 128, b + 128, 0x5140) ^ 0x00008080u;  // low bytes are signed, and carry into the high ones
+    }
+    sum -= 8 * __float_as_uint(INTEGERS);
+#pragma unroll
+    for (int mask = 1; mask < SPAN; mask *= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+    const int pair = o % 8, odd = pair % 2;
+    u32 own[2], other[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        own[i] = odd ? bytes[2 + i] : bytes[i];
+        other[i] = __shfl_xor_sync(~0u, odd ? bytes[i] : bytes[2 + i], 1);
+    }
+    if (!inside) return;
+    u32* to = s.x + row * s.words + o / 8 * 32 + pair / 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const u32 even = odd ? other[i] : own[i], second = odd ? own[i] : other[i];
+        to[(2 * odd + i) * 4] = __byte_perm(even, second, 0x7362);
+        to[16 + (2 * odd + i) * 4] = __byte_perm(even, second, 0x5140);
+    }
+    if (pair % SPAN == 0)
+        *reinterpret_cast<float2*>(s.sums + row * s.row_sums + (o / SPAN) * 2) = make_float2(scale, float(int(sum)));
+}
+
 // All threads take part; a thread asks for several octets of columns before it uses the first, because each takes most of
 // a microsecond to come. `row_of(i)` is where row i of k values begins, null for zeros; `early` is the thread's first octet
 // where EARLY, asked for together with the ids. (Rows by bulk copies, permuted and summed afterwards, took 1 us longer.)
-template <int B, int G, bool BF16, int NT, bool EARLY, typename R>
+template <int G, bool BF16, int NT, bool EARLY, typename R>
 __device__ void stage_rows(const Staged& s, R row_of, const u32 (&early)[4], int k) {
-    constexpr int SEGMENTS = G == 32 ? 2 : 1, SPAN = 8 / SEGMENTS, FLOATS = Sums<B>::FLOATS, BATCH = NT == 1 ? 2 : 4;
+    constexpr int BATCH = NT == 1 ? 2 : 4;
     const int octets = 8 * s.units;
     for (int first = threadIdx.x; first - int(threadIdx.x) < s.rows * octets; first += BATCH * blockDim.x) {
         u32 v[BATCH][4];
@@ -150,45 +204,28 @@ __device__ void stage_rows(const Staged& s, R row_of, const u32 (&early)[4], int
         }
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
-            const int at = first + i * blockDim.x, row = at / octets, o = at - row * octets, pair = o % 8;
-            const bool inside = row < s.rows;
-#pragma unroll
-            for (int t = 0; t < 4; ++t)
-                if (inside) s.x[row * s.words + (o / 8) * 32 + t * 8 + pair] = v[i][t];
-            float part[FLOATS];
-            segment_sums<B, G, BF16>(part, v[i], pair);
-            float* out = s.sums + row * s.row_sums + (o / 8 * SEGMENTS + pair / SPAN) * FLOATS;
-            if (inside && pair % SPAN == 0)
-#pragma unroll
-                for (int j = 0; j < (B ? 2 : 1 + WIDTHS); ++j) out[j] = part[j];
+            const int at = first + i * blockDim.x, row = at / octets;
+            stage_octet<G, BF16>(s, v[i], row, at - row * octets, row < s.rows);
         }
     }
 }
 
 // ---- one record ---------------------------------------------------------------------------------------------------
 
-// The sums of one segment for the lane's columns, {sum x, -sum base x} of each.
-template <int NT, int FLOATS>
-__device__ __forceinline__ void load_sums(float (&sum)[2], float (&start)[2], const u32 (&at)[2], int offset, int base_at) {
-#pragma unroll
-    for (int i = 0; i < (NT == 1 ? 1 : 2); ++i) {
-        if constexpr (FLOATS == 2) {
-            asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(sum[i]), "=f"(start[i]) : "r"(at[i] + offset));
-        } else {
-            asm volatile("ld.shared.f32 %0, [%1];" : "=f"(sum[i]) : "r"(at[i] + offset));
-            asm volatile("ld.shared.f32 %0, [%1];" : "=f"(start[i]) : "r"(at[i] + offset + 4 * base_at));
-        }
-    }
-    if constexpr (NT == 1) sum[1] = sum[0], start[1] = start[0];
+// A column of B is a token's high or low bytes. Up to four tokens both are columns of one product, side by side; more take
+// two products. A lane's results are those of two rows and its own tokens.
+template <int NT> constexpr int OWN_TOKENS = NT == 8 ? 2 : 1;
+template <int NT> constexpr int OWN = 2 * OWN_TOKENS<NT>;
+template <int NT> __device__ __forceinline__ int column_token(int lane) { return NT == 1 ? 0 : NT == 4 ? lane / 8 : lane / 4; }
+template <int NT> __device__ __forceinline__ int own_token(int lane, int i) {
+    return NT == 1 ? 0 : NT == 4 ? lane % 4 : 2 * (lane % 4) + i;
 }
 
-template <int NT> constexpr int OWN = NT == 1 ? 2 : 4;  // a lane's results: two rows by one or two tokens
-
-// y += one record times x. `x` and `sums` are this lane's addresses for the record's first unit: of the token whose column
-// of the B operand it holds, and of those whose results it holds.
-template <int B, int U, int G, bool BF16, int NT, int FLOATS>
-__device__ __forceinline__ void multiply(float (&y)[OWN<NT>], u32 record, u32 x, const u32 (&sums)[2], int base_at, int lane) {
-    constexpr int M = Record<U, G>::GROUPS, SEGMENTS = Record<U, G>::SEGMENTS;
+// y += one record times x, whose segments are SEGMENTS to a unit. `x` and `sums` are this lane's addresses for the record's
+// first unit: of the bytes whose column of the B operand it holds, and of the tokens whose results it holds.
+template <int B, int U, int G, int SEGMENTS, int NT>
+__device__ __forceinline__ void multiply(float (&y)[OWN<NT>], u32 record, u32 x, const u32 (&sums)[OWN_TOKENS<NT>], int lane) {
+    constexpr int M = Record<U, G>::GROUPS, PRODUCTS = NT == 8 ? 2 : 1;
     u32 words[U * B], low[M], high[M];
 #pragma unroll
     for (int c = 0; c < B; ++c)
@@ -198,61 +235,66 @@ __device__ __forceinline__ void multiply(float (&y)[OWN<NT>], u32 record, u32 x,
     load_shared<M>(high, meta + 32 * M);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-        u32 a[16], b[8];
-        load_shared<8>(b, x + 128 * u);
-        unpack<B, BF16>(words + u * B, a);
+        u32 a[8], b[PRODUCTS][4];
+#pragma unroll
+        for (int i = 0; i < PRODUCTS; ++i) load_shared<4>(b[i], x + 128 * u + 64 * i);
+        unpack_bytes<B>(words + u * B, a);
 #pragma unroll
         for (int s = 0; s < SEGMENTS; ++s) {
-            float sum[2], start[2];
-            load_sums<NT, FLOATS>(sum, start, sums, (u * SEGMENTS + s) * 4 * FLOATS, base_at);
-            float c[4];
+            int c[PRODUCTS][4];
 #pragma unroll
-            for (int j = s * 4 / SEGMENTS; j < (s + 1) * 4 / SEGMENTS; ++j)
-                if (j == s * 4 / SEGMENTS) mma<BF16, false>(c, a + 4 * j, b[2 * j], b[2 * j + 1]);
-                else mma<BF16, true>(c, a + 4 * j, b[2 * j], b[2 * j + 1]);
+            for (int i = 0; i < PRODUCTS; ++i)
+#pragma unroll
+                for (int j = s * 2 / SEGMENTS; j < (s + 1) * 2 / SEGMENTS; ++j)
+                    if (j == s * 2 / SEGMENTS) mma_bytes<false>(c[i], a + 4 * j, b[i][2 * j], b[i][2 * j + 1]);
+                    else mma_bytes<true>(c[i], a + 4 * j, b[i][2 * j], b[i][2 * j + 1]);
             const int m = M == 1 ? 0 : (u * SEGMENTS + s) * M / (U * SEGMENTS);
             const float s0 = Half<false>::lo(low[m]), z0 = Half<false>::hi(low[m]);
             const float s1 = Half<false>::lo(high[m]), z1 = Half<false>::hi(high[m]);
 #pragma unroll
-            for (int i = 0; i < OWN<NT> / 2; ++i) {
-                y[i] = fmaf(s0, c[i] + fmaf(-z0, sum[i], start[i]), y[i]);
-                y[OWN<NT> / 2 + i] = fmaf(s1, c[2 + i] + fmaf(-z1, sum[i], start[i]), y[OWN<NT> / 2 + i]);
+            for (int i = 0; i < OWN_TOKENS<NT>; ++i) {
+                float scale, sum;
+                asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(scale), "=f"(sum) : "r"(sums[i] + (u * SEGMENTS + s) * 8));
+                const int first = NT == 8 ? c[0][i] * 256 + c[PRODUCTS - 1][i] : c[0][0] * 256 + c[0][1];
+                const int second = NT == 8 ? c[0][2 + i] * 256 + c[PRODUCTS - 1][2 + i] : c[0][2] * 256 + c[0][3];
+                y[i] = fmaf(s0 * scale, fmaf(-z0, sum, float(first)), y[i]);
+                y[OWN_TOKENS<NT> + i] = fmaf(s1 * scale, fmaf(-z1, sum, float(second)), y[OWN_TOKENS<NT> + i]);
             }
         }
     }
 }
 
-template <int B, int U, int G, bool BF16, int NT>
-__device__ __forceinline__ void multiply_any(float (&y)[OWN<NT>], u32 record, u32 x, const u32 (&sums)[2], int bits, int lane) {
+template <int B, int U, int G, int NT>
+__device__ __forceinline__ void multiply_any(float (&y)[OWN<NT>], u32 record, u32 x, const u32 (&sums)[OWN_TOKENS<NT>], int bits,
+                                             int lane) {
+    constexpr int SEGMENTS = Record<U, G>::SEGMENTS;
     if constexpr (B) {
-        multiply<B, U, G, BF16, NT, 2>(y, record, x, sums, 1, lane);
+        multiply<B, U, G, SEGMENTS, NT>(y, record, x, sums, lane);
     } else {
-        if (bits == 1) multiply<1, U, G, BF16, NT, 8>(y, record, x, sums, 1, lane);
-        else if (bits == 2) multiply<2, U, G, BF16, NT, 8>(y, record, x, sums, 2, lane);
-        else if (bits == 3) multiply<3, U, G, BF16, NT, 8>(y, record, x, sums, 3, lane);
-        else if (bits == 4) multiply<4, U, G, BF16, NT, 8>(y, record, x, sums, 4, lane);
-        else multiply<8, U, G, BF16, NT, 8>(y, record, x, sums, 5, lane);
+        if (bits == 1) multiply<1, U, G, SEGMENTS, NT>(y, record, x, sums, lane);
+        else if (bits == 2) multiply<2, U, G, SEGMENTS, NT>(y, record, x, sums, lane);
+        else if (bits == 3) multiply<3, U, G, SEGMENTS, NT>(y, record, x, sums, lane);
+        else if (bits == 4) multiply<4, U, G, SEGMENTS, NT>(y, record, x, sums, lane);
+        else multiply<8, U, G, SEGMENTS, NT>(y, record, x, sums, lane);
     }
 }
 
-// A unit of a factor, in registers: its zero is the middle code, which is taken off the codes, so it needs no sums.
+// A unit of u, in registers, and t in 16 bits: it is new for each row block, and too short to be worth making integers of.
+// The zero of a factor is the middle code, which is taken off the codes, so it needs no sums.
 template <int B> struct FactorUnit {
     u32 words[B], low, high;
 
-    // Unit u of a record of U units, from shared memory or from global memory.
-    template <int U> __device__ __forceinline__ void load_shared_unit(u32 record, int u, int lane) {
+    // Unit u of a record of U units.
+    template <int U> __device__ __forceinline__ void load(const u8* record, int u, int lane) {
 #pragma unroll
-        for (int c = 0; c < B; ++c) words[c] = load_word(record + word_at<U>(u * B + c, lane));
-        low = load_word(record + 128 * U * B + 4 * (U * (lane / 4) + u));
-        high = load_word(record + 128 * U * B + 4 * (U * (lane / 4 + 8) + u));
-    }
-    template <int U> __device__ __forceinline__ void load_global_unit(const u8* record, int u, int lane) {
-#pragma unroll
-        for (int c = 0; c < B; ++c) words[c] = *reinterpret_cast<const u32*>(record + word_at<U>(u * B + c, lane));
+        for (int c = 0; c < B; ++c) {
+            const int word = u * B + c;
+            words[c] = *reinterpret_cast<const u32*>(record + word / U * 128 * U + lane * 4 * U + word % U * 4);
+        }
         low = *reinterpret_cast<const u32*>(record + 128 * U * B + 4 * (U * (lane / 4) + u));
         high = *reinterpret_cast<const u32*>(record + 128 * U * B + 4 * (U * (lane / 4 + 8) + u));
     }
-    // y += this unit times b
+    // y += this unit times b, whose columns are tokens, each twice where they are at most four
     template <bool BF16, int NT> __device__ __forceinline__ void multiply(float (&y)[OWN<NT>], const u32 (&b)[8]) const {
         using H = Half<BF16>;
         u32 a[16];
@@ -270,20 +312,10 @@ template <int B> struct FactorUnit {
 #pragma unroll
         for (int j = 1; j < 4; ++j) mma<BF16, true>(c, a + 4 * j, b[2 * j], b[2 * j + 1]);
 #pragma unroll
-        for (int i = 0; i < OWN<NT> / 2; ++i) {
+        for (int i = 0; i < OWN_TOKENS<NT>; ++i) {
             y[i] = fmaf(Half<false>::lo(low), c[i], y[i]);
-            y[OWN<NT> / 2 + i] = fmaf(Half<false>::lo(high), c[2 + i], y[OWN<NT> / 2 + i]);
+            y[OWN_TOKENS<NT> + i] = fmaf(Half<false>::lo(high), c[2 + i], y[OWN_TOKENS<NT> + i]);
         }
-    }
-
-private:
-    template <int U> static __device__ __forceinline__ int word_at(int word, int lane) {
-        return word / U * 128 * U + lane * 4 * U + word % U * 4;
-    }
-    static __device__ __forceinline__ u32 load_word(u32 address) {
-        u32 x[1];
-        load_shared<1>(x, address);
-        return x[0];
     }
 };
 
@@ -431,23 +463,20 @@ __device__ __forceinline__ void load_t(u32 (&b)[8], const u16* row, int column, 
 
 // A warp's sums of one row block into its group's buffer.
 template <int NT> __device__ __forceinline__ void put_part(float* out, const float (&y)[OWN<NT>], int lane) {
-    if constexpr (NT == 1) {
-        if (lane % 4 == 0) out[lane / 4] = y[0], out[lane / 4 + 8] = y[1];
-    } else {
+    if (NT == 1 && lane % 4) return;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            out[(2 * (lane % 4) + i) * ROWS + lane / 4] = y[i];
-            out[(2 * (lane % 4) + i) * ROWS + lane / 4 + 8] = y[2 + i];
-        }
+    for (int i = 0; i < OWN_TOKENS<NT>; ++i) {
+        out[own_token<NT>(lane, i) * ROWS + lane / 4] = y[i];
+        out[own_token<NT>(lane, i) * ROWS + lane / 4 + 8] = y[OWN_TOKENS<NT> + i];
     }
 }
 
 // GROUPS groups of WARPS warps: a group has a row block at a time, and all share x. With 32 warps on a multiprocessor
-// the latencies of unpacking hide each other; with 16, four issue slots in ten were used. NT is 1 or 8 columns for tokens.
+// the latencies of unpacking hide each other; with 16, four issue slots in ten were used. NT is 1, 4 or 8, the most tokens.
 // FB is the bits of compensators' factors, 0 for none, and FU the units of u's records.
 template <int B, int MAX_B, int U, int G, bool BF16, int NT, int MODE, int WARPS, int GROUPS, int FB, int FU>
 __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p, const Compensators f) {
-    constexpr int FLOATS = Sums<B>::FLOATS, SEGMENTS = Record<U, G>::SEGMENTS;
+    constexpr int SEGMENTS = Record<U, G>::SEGMENTS;
     constexpr bool FACTORS = FB > 0;
     constexpr int U_UNITS = FU > 0 ? FU : 1;
     constexpr int STORING = NT > 1 && WARPS >= 16 ? 4 : 1;  // warps that store a row block
@@ -466,9 +495,9 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     s.units = p.records * U;
     // the last of several pairs' rows is zeros
     s.rows = NT == 1 ? (MODE == DOWN ? p.slots : 1) : MODE == DOWN ? pairs + 1 : p.tokens;
-    // several tokens: 16 and 8 bytes of padding, so that their fragments and sums meet no bank twice
-    s.words = s.units * 32 + (NT > 1 ? 4 : 0);
-    s.row_sums = s.units * SEGMENTS * FLOATS + (NT > 1 ? 2 : 0);
+    // padding, so that tokens' fragments and sums meet no bank twice
+    s.words = s.units * 32 + (NT == 8 ? 16 : 0);
+    s.row_sums = s.units * SEGMENTS * 2 + (NT > 1 ? 2 : 0);
     s.x = reinterpret_cast<u32*>(bars + WARPS * GROUPS * p.stages);
     s.sums = reinterpret_cast<float*>(s.x + s.rows * s.words);
 
@@ -525,7 +554,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         if (MODE != DOWN || NT > 1) return MODE == DOWN && row == pairs ? nullptr : p.x + (u64)row * p.k;
         return row < count ? p.x + (u64)active.pair[row][0] * p.k : nullptr;
     };
-    stage_rows<B, G, BF16, NT, EARLY>(s, row_of, early, p.k);
+    stage_rows<G, BF16, NT, EARLY>(s, row_of, early, p.k);
     __syncthreads();
 
     // the staged row of a token's input for an expert
@@ -535,7 +564,16 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         const int pair = active.pair[slot][token];
         return pair < 0 ? pairs : pair;
     };
-    const u32 x_lane = shared_address(s.x) + lane % 4 * 32, sums_at = shared_address(s.sums);
+    // of a lane's column: its token's row, its half of a unit where high and low bytes are columns, its own 16 bytes
+    const u32 x_lane = shared_address(s.x) + (NT < 8 ? lane / 4 % 2 * 64 : 0) + lane % 4 * 16, sums_at = shared_address(s.sums);
+    auto x_at = [&](int slot, int record) {
+        return x_lane + staged(slot, column_token<NT>(lane)) * s.words * 4 + 128 * U * record;
+    };
+    auto find_sums = [&](u32 (&at)[OWN_TOKENS<NT>], int slot, int record) {
+#pragma unroll
+        for (int i = 0; i < OWN_TOKENS<NT>; ++i)
+            at[i] = sums_at + 4 * staged(slot, own_token<NT>(lane, i)) * s.row_sums + 8 * SEGMENTS * U * record;
+    };
     int turn = 0;
     // below STORING: this warp stores, and that part
     auto storing = [&] { return (warp + WARPS - turn * STORING % WARPS) % WARPS; };
@@ -547,15 +585,9 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             for (int record = warp; record < f.v_records; record += WARPS) {
                 fetch_v();
                 ring.wait();
-                const u32 x = x_lane + staged(slot, lane / 4) * s.words * 4 + 128 * U * record;
-#pragma unroll
-                for (int u = 0; u < U; ++u) {
-                    FactorUnit<FB> unit;
-                    u32 b[8];
-                    unit.template load_shared_unit<U>(ring.head(), u, lane);
-                    load_shared<8>(b, x + 128 * u);
-                    unit.template multiply<BF16, NT>(y, b);
-                }
+                u32 sums_lane[OWN_TOKENS<NT>];
+                find_sums(sums_lane, slot, record);
+                multiply<FACTORS ? FB : 1, U, UNIT, SEGMENTS, NT>(y, ring.head(), x_at(slot, record), sums_lane, lane);
                 ring.release();
             }
             item += gridDim.x * GROUPS;
@@ -578,26 +610,22 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         auto load_unit = [&](int i) {
             const u8* u = active.u[compensated];
             u = locate(u, row_block, i / U_UNITS, f.u_records, Record<U_UNITS, UNIT>::bytes(FB));
-            unit.template load_global_unit<U_UNITS>(u, i % U_UNITS, lane);
+            unit.template load<U_UNITS>(u, i % U_UNITS, lane);
         };
         if constexpr (FACTORS)
             if (compensated < count && active.u[compensated]) load_unit(0);
         while (!here.at_end_of_row(p, count)) {
             fetch_next();
             ring.wait();
-            u32 sums_lane[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-                sums_lane[i] = sums_at + 4 * (staged(here.slot, NT == 1 ? 0 : 2 * (lane % 4) + i) * s.row_sums +
-                                              FLOATS * SEGMENTS * U * here.record);
-            const u32 x = x_lane + staged(here.slot, lane / 4) * s.words * 4 + 128 * U * here.record;
+            u32 sums_lane[OWN_TOKENS<NT>];
+            find_sums(sums_lane, here.slot, here.record);
             const int bits = B ? B : active.expert[here.slot].word_bits;
             float part[OWN<NT>] = {};
-            multiply_any<B, U, G, BF16, NT>(part, ring.head(), x, sums_lane, bits, lane);
+            multiply_any<B, U, G, NT>(part, ring.head(), x_at(here.slot, here.record), sums_lane, bits, lane);
             ring.release();
 #pragma unroll
             for (int i = 0; i < OWN<NT>; ++i) {
-                const float weight = MODE == DOWN ? active.weight[here.slot][NT == 1 ? 0 : 2 * (lane % 4) + i % 2] : 1.f;
+                const float weight = MODE == DOWN ? active.weight[here.slot][own_token<NT>(lane, i % OWN_TOKENS<NT>)] : 1.f;
                 y[i] = MODE == DOWN ? fmaf(weight, part[i], y[i]) : y[i] + part[i];
             }
             here.next_record(p, count);
@@ -606,7 +634,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             for (bool loaded = true; compensated < count; compensated += MODE == GATE_UP ? count : WARPS, loaded = false) {
                 if (!active.u[compensated]) continue;
                 if (!t_is_there) await_count(f.counters, STORING * items, lane), t_is_there = true;
-                const int pair = active.pair[compensated][NT == 1 ? 0 : lane / 4];
+                const int pair = active.pair[compensated][column_token<NT>(lane)];
                 const u16* t = pair < 0 ? nullptr : f.t + pair * f.columns;
                 float part[OWN<NT>] = {};
                 for (int i = 0; i < f.u_records * U_UNITS; ++i) {
@@ -617,7 +645,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
                 }
 #pragma unroll
                 for (int i = 0; i < OWN<NT>; ++i) {
-                    const float weight = MODE == DOWN ? active.weight[compensated][NT == 1 ? 0 : 2 * (lane % 4) + i % 2] : 1.f;
+                    const float weight = MODE == DOWN ? active.weight[compensated][own_token<NT>(lane, i % OWN_TOKENS<NT>)] : 1.f;
                     y[i] = fmaf(weight, part[i], y[i]);
                 }
             }
