@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none"),
 ]
-TOKENS = (1, 2, 7, 8, 9, 33, 130, 600)
+TOKENS = (1, 2, 4, 7, 8, 9, 33, 130, 600)
 SHAPES = {"ragged": (6, 2, 136, 40), "many": (64, 8, 256, 72), "wide": (8, 2, 512, 640), "one": (4, 1, 64, 200)}
 """Experts, chosen for a token, hidden, intermediate."""
 MIXED = "mixed"
@@ -163,6 +163,26 @@ def test_compensators_against_float64(
                 check(y, truth, run_experts(x, ids, weights, len(made), rounded), what)
                 assert torch.equal(made(x, ids, weights), y), f"{what}: not bitwise repeatable"
     assert made.is_packed
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_columns_of_very_different_sizes(tokens: int, dtype: torch.dtype) -> None:
+    """x becomes integers below the largest of each segment: an outlier must not cost more than it does torch."""
+    made = bank("wide", 3, 64).cuda()
+    exact, rounded = dense(made, torch.float64), dense(made, dtype)
+    x, ids, weights = routed("wide", tokens, "usual", dtype)
+    x = x * torch.logspace(-3, 1, x.shape[1], device="cuda").to(dtype)  # segments of all sizes
+    x[:, 5::97] *= 300
+    with torch.no_grad():
+        truth = run_experts(x.double(), ids, weights.double(), len(made), exact)
+        check(made(x, ids, weights), truth, run_experts(x, ids, weights, len(made), rounded), f"{tokens} tokens")
+        assert not made(torch.zeros_like(x), ids, weights).any()
+        for bad in (float("inf"), float("nan")):
+            spoilt = x.clone()
+            spoilt[0, 70] = bad
+            y = made(spoilt, ids, weights)
+            assert y[0].isnan().all() and torch.equal(y[1:], made(x, ids, weights)[1:])
 
 
 def test_tokens_do_not_depend_on_each_other() -> None:

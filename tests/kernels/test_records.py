@@ -207,25 +207,25 @@ def test_the_picture_for_three_bits() -> None:
     packed = pack_records(codes, meta, meta, layout)[0, 0, 0]
     words = [int.from_bytes(bytes(packed[at : at + 4].tolist()), "little") for at in (0, 128, 256)]
     pieces = [f"{word:016b}" for word in words]
-    assert [f"{bits[0]} {bits[1:4]} {bits[4:7]} {bits[7:10]} {bits[10:13]} {bits[13:]}" for bits in pieces] == [
-        "0 110 111 111 010 001",
-        "1 100 101 001 100 011",
-        "1 010 011 000 110 101",
+    assert [" ".join((bits[:2], bits[2:5], bits[5:8], bits[8:10], bits[10:13], bits[13:])) for bits in pieces] == [
+        "00 100 010 11 011 001",
+        "10 100 110 01 101 111",
+        "10 010 110 01 011 101",
     ]
-    codes[8, 57] = 1  # the odd column's H: its lowest bit is the highest of word 0
+    codes[8, 57] = 1  # the odd column's H: its lowest bit is the last but one of word 1
     odd = pack_records(codes, meta, meta, layout)[0, 0, 0]
-    assert (odd != packed).nonzero().tolist() == [[3]] and odd[3] == 128
+    assert (odd != packed).nonzero().tolist() == [[131]] and odd[131] == 64
 
 
 # the first half of a sha256 of three small weights' records; kernels are written against these bytes
 GOLDEN = {
-    1: "21462420f94eb159e6db0c2d5a2d2114",
-    2: "b77a79f194e1b6ee8a62202ff6acec45",
-    3: "e92ec606ad1ffcc6d27db2b2afb290d5",
-    4: "56fa474357df80d19ff2bb8e117182c8",
-    5: "616121ecc376b79f04e79693e20eb645",
-    6: "1b966160e666be1cef94d8294176f26d",
-    8: "45191172d97a31dc24ea88e27d499b64",
+    1: "b9747755e6a5dbf53c3cbfe0e7c76b34",
+    2: "567c6d8970c0367a0a08b40cec78da67",
+    3: "cf16d6f494de9b9d02c24a8da02a532b",
+    4: "fdcfb51cd38f9e10ec704aee3c2983bd",
+    5: "0cde1a872a69d4b922e90ac61fdc0238",
+    6: "ebda846215899cfa00763da8414bda27",
+    8: "32c666d146e08a10b607de1226e3e6d2",
 }
 
 

@@ -20,8 +20,8 @@ WARPS = 32
 """Warps of a block of `gemv`."""
 GEMV_STATIC = 40_000
 """More shared bytes than any instance of `gemv` declares for itself; the largest has 38,912."""
-COLUMNS, MAX_PAIRS = (1, 4, 8), 64
-"""Tokens that instances of `gemv` have room for, and most pairs of token and expert where tokens are several."""
+MAX_TOKENS, MAX_PAIRS = 8, 64
+"""Most tokens of a launch of `gemv`, and most pairs of token and expert where tokens are several."""
 RESERVED = 1024
 """Shared bytes that the system keeps of each block, and those lost to aligning the ring of `grouped`."""
 HOPPER, STATIC = 227 << 10, 40 << 10
@@ -120,11 +120,6 @@ def gemv_teams(mode: Mode, bank: Bank, tokens: int, slots: int, processors: int)
     return teams
 
 
-def gemv_columns(tokens: int) -> int:
-    """The room for tokens of the instance that runs so many."""
-    return next(columns for columns in COLUMNS if tokens <= columns)
-
-
 @dataclass(frozen=True)
 class Room:
     """Dynamic shared bytes of `gemv`."""
@@ -145,9 +140,8 @@ class Room:
 def gemv_room(mode: Mode, bank: Bank, ranks: Ranks | None, tokens: int, slots: int, team: Team) -> Room:
     layout, several = bank.any, tokens > 1
     units = layout.records_per_row_block * layout.units
-    rows = {"DENSE": tokens, "GATE_UP": tokens, "DOWN": tokens * slots + several}[mode]
-    padding = 16 * (gemv_columns(tokens) == 8) + 2 * several
-    words = units * 32 + units * bank.segments * 2 + padding
+    rows = tokens * slots if mode == "DOWN" else tokens
+    words = units * 32 + units * bank.segments * 2 + 2 * several
     record = max(bank.record_bytes, ranks.v_units * (128 * ranks.bits + 64) if ranks else 0)
     return Room(4 * rows * words, team.warps * team.groups * (record + 8))
 
@@ -162,6 +156,11 @@ class Tile:
     column_groups: int
     blocks: int = 1
     """Blocks that share a multiprocessor: while one stores its tile, another multiplies."""
+
+    @property
+    def narrow(self) -> int:
+        """Tokens up to which a tile runs with smaller products, as `NARROW` in grouped.cu has it."""
+        return min(self.tokens, 96 if self.tokens == 128 else 64) if self.row_tiles > 1 else self.tokens
 
     @property
     def row_blocks(self) -> int:
@@ -208,7 +207,7 @@ def expert_tiles(bank: Bank, tokens_each: float) -> Sequence[Tile]:
     elif tokens_each <= 28:
         best = Tile(32, 1, 2, 2) if long else Tile(32, 1, 2, 1, blocks=2)
     else:
-        best = Tile(96, 2, 2, 1) if tokens_each <= 80 else Tile(128, 2, 2, 1)
+        best = Tile(80 if tokens_each <= 72 else 128, 2, 2, 1)
     return best, Tile(best.tokens if best.tokens <= 32 else 64, 1, 2, 1), Tile(8, 1, 1, 1)
 
 

@@ -52,7 +52,7 @@ def few_experts(
     The ids of one token must differ from each other, except for those that name no expert.
     """
     tokens, slots = ids.shape
-    if tokens > 1 and (tokens > choose.COLUMNS[-1] or tokens * slots > choose.MAX_PAIRS):
+    if tokens > 1 and (tokens > choose.MAX_TOKENS or tokens * slots > choose.MAX_PAIRS):
         return False
     shape = tokens, slots, x.device.index
     plans = [
@@ -89,7 +89,7 @@ def _plan(
 def gemv_instance(
     mode: choose.Mode, bank: choose.Bank, ranks: choose.Ranks | None, dtype: torch.dtype, tokens: int, team: choose.Team
 ) -> str:
-    columns = choose.gemv_columns(tokens)
+    columns = 1 if tokens == 1 else 4
     factors = f"{ranks.bits}, {ranks.units}" if ranks else "0, 0"
     return f"gemv<{bank.template}, {is_bf16(dtype)}, {columns}, {mode}, {team.warps}, {team.groups}, {factors}>"
 

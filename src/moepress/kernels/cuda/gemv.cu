@@ -10,7 +10,7 @@
 // The warps of a block share the columns of a row block and add up in their order, so results do not depend on the grid
 // and repeat bitwise.
 //
-// With several tokens an expert is read once and multiplied with all of them; only those that chose it are kept.
+// With several tokens an expert is read once and multiplied with those that chose it, four at a time.
 //
 // Compensators W + u v: some groups first multiply v and publish t = v x; at the end of each row block a warp adds u t, for
 // which it waits until t is complete. Row blocks of v go to the first blocks, which start first: nobody waits for a block
@@ -43,21 +43,25 @@ struct Compensators {
 };
 
 constexpr int MAX_SLOTS = 32;
+constexpr int MAX_TOKENS = 8;
 constexpr int MAX_PAIRS = 64;  // of several tokens
 constexpr int MAX_EXPERTS = 512;
 
 // ---- who runs -----------------------------------------------------------------------------------------------------
 
-// The experts that were chosen: one token's in the order of its slots, several tokens' in the order of their numbers.
+// The experts that were chosen, with up to NT of the tokens that chose them: one token's in the order of its slots, several
+// tokens' in the order of their numbers, and then those with more than NT tokens once more.
 template <int NT> struct Active {
     static constexpr int MOST = NT == 1 ? MAX_SLOTS : MAX_PAIRS;
     Expert expert[MOST];
     const u8 *v[MOST], *u[MOST];  // null: no compensator
-    float weight[MOST][NT];       // DOWN; 0 for tokens that did not choose it
-    short pair[MOST][NT];         // token * slots + slot; -1 for those
+    float weight[MOST][NT];       // DOWN
+    short pair[MOST][NT];         // token * slots + slot; -1: no more tokens
+    short token[MOST][NT];
     short compensated[MOST];      // which of them have compensators
     int count, compensated_count;
-    u32 chosen[NT == 1 ? 1 : MAX_EXPERTS / 32];
+    u32 chosen[2][NT == 1 ? 1 : MAX_EXPERTS / 32];  // by anybody; by more than NT
+    u32 tokens[NT == 1 ? 1 : MAX_EXPERTS / 4];      // a byte of tokens for each expert
 };
 
 __device__ __forceinline__ int id_of(const Arguments& p, int pair) {
@@ -73,10 +77,10 @@ template <bool BF16> __device__ __forceinline__ float weight_of(const Arguments&
 template <bool BF16, int NT, int MODE, bool FACTORS>
 __device__ void find_active(Active<NT>& active, const Arguments& p, const Compensators& f) {
     const int thread = threadIdx.x;
-    auto enter = [&](int at, int id, int pair) {
+    auto enter = [&](int at, int id, int pair, int column) {
         active.expert[at] = p.bank.expert(id);
-        active.pair[at][pair / p.slots] = pair;
-        if (MODE == DOWN) active.weight[at][pair / p.slots] = weight_of<BF16>(p, pair);
+        active.pair[at][column] = pair, active.token[at][column] = pair / p.slots;
+        if (MODE == DOWN) active.weight[at][column] = weight_of<BF16>(p, pair);
         if (FACTORS) active.v[at] = f.v[id].records, active.u[at] = f.u[id].records;
     };
     if constexpr (MODE == DENSE) {
@@ -86,26 +90,34 @@ __device__ void find_active(Active<NT>& active, const Arguments& p, const Compen
         if (thread < WARP) {
             const int id = thread < p.slots ? id_of(p, thread) : -1;
             const u32 votes = __ballot_sync(~0u, id >= 0);
-            if (id >= 0) enter(__popc(votes & ((1u << thread) - 1)), id, thread);
+            if (id >= 0) enter(__popc(votes & ((1u << thread) - 1)), id, thread, 0);
             if (thread == 0) active.count = __popc(votes);
         }
     } else {
-        const int id = thread < p.tokens * p.slots ? id_of(p, thread) : -1;
-        if (thread < MAX_EXPERTS / 32) active.chosen[thread] = 0;
+        constexpr int WORDS = MAX_EXPERTS / 32;
+        const int id = thread < p.tokens * p.slots ? id_of(p, thread) : -1, token = thread / p.slots, byte = id % 4 * 8;
+        if (thread < 2 * WORDS) active.chosen[thread / WORDS][thread % WORDS] = 0;
+        if (thread < MAX_EXPERTS / 4) active.tokens[thread] = 0;
         for (int i = thread; i < MAX_PAIRS * NT; i += blockDim.x)
-            active.pair[i / NT][i % NT] = -1, active.weight[i / NT][i % NT] = 0.f;
+            active.pair[i / NT][i % NT] = -1, active.token[i / NT][i % NT] = 0;
         __syncthreads();
-        if (id >= 0) atomicOr(&active.chosen[id / 32], 1u << (id % 32));
+        if (id >= 0) atomicOr(&active.tokens[id / 4], 1u << (byte + token)), atomicOr(&active.chosen[0][id / 32], 1u << (id % 32));
         __syncthreads();
-        int before = 0, all = 0;
+        const int rank = id < 0 ? 0 : __popc(active.tokens[id / 4] >> byte & ((1u << token) - 1));
+        if (rank == NT) atomicOr(&active.chosen[1][id / 32], 1u << (id % 32));
+        __syncthreads();
+        int before[2] = {}, all[2] = {};
 #pragma unroll
-        for (int w = 0; w < MAX_EXPERTS / 32; ++w) {
-            const u32 word = active.chosen[w];
-            all += __popc(word);
-            before += __popc(w < id / 32 ? word : w == id / 32 ? word & ((1u << (id % 32)) - 1) : 0u);
-        }
-        if (id >= 0) enter(before, id, thread);  // tokens that share an expert write the same
-        if (thread == 0) active.count = all;
+        for (int more = 0; more < 2; ++more)
+#pragma unroll
+            for (int w = 0; w < WORDS; ++w) {
+                const u32 word = active.chosen[more][w];
+                all[more] += __popc(word);
+                before[more] += __popc(w < id / 32 ? word : w == id / 32 ? word & ((1u << (id % 32)) - 1) : 0u);
+            }
+        // tokens that share an expert write the same
+        if (id >= 0) enter(rank < NT ? before[0] : all[0] + before[1], id, thread, rank % NT);
+        if (thread == 0) active.count = all[0] + all[1];
     }
     __syncthreads();
     if constexpr (FACTORS) {
@@ -212,20 +224,12 @@ __device__ void stage_rows(const Staged& s, R row_of, const u32 (&early)[4], int
 
 // ---- one record ---------------------------------------------------------------------------------------------------
 
-// A column of B is a token's high or low bytes. Up to four tokens both are columns of one product, side by side; more take
-// two products. A lane's results are those of two rows and its own tokens.
-template <int NT> constexpr int OWN_TOKENS = NT == 8 ? 2 : 1;
-template <int NT> constexpr int OWN = 2 * OWN_TOKENS<NT>;
-template <int NT> __device__ __forceinline__ int column_token(int lane) { return NT == 1 ? 0 : NT == 4 ? lane / 8 : lane / 4; }
-template <int NT> __device__ __forceinline__ int own_token(int lane, int i) {
-    return NT == 1 ? 0 : NT == 4 ? lane % 4 : 2 * (lane % 4) + i;
-}
-
-// y += one record times x, whose segments are SEGMENTS to a unit. `x` and `sums` are this lane's addresses for the record's
-// first unit: of the bytes whose column of the B operand it holds, and of the tokens whose results it holds.
-template <int B, int U, int G, int SEGMENTS, int NT>
-__device__ __forceinline__ void multiply(float (&y)[OWN<NT>], u32 record, u32 x, const u32 (&sums)[OWN_TOKENS<NT>], int lane) {
-    constexpr int M = Record<U, G>::GROUPS, PRODUCTS = NT == 8 ? 2 : 1;
+// y += one record times x, whose segments are SEGMENTS to a unit. Columns of B are high and low bytes of the tokens by turns,
+// so that a lane has the results of two rows and of token lane % 4. `x` and `sums` are its addresses for the record's first
+// unit: of the bytes of its column, and of the sums of its token.
+template <int B, int U, int G, int SEGMENTS>
+__device__ __forceinline__ void multiply(float (&y)[2], u32 record, u32 x, u32 sums, int lane) {
+    constexpr int M = Record<U, G>::GROUPS;
     u32 words[U * B], low[M], high[M];
 #pragma unroll
     for (int c = 0; c < B; ++c)
@@ -235,47 +239,40 @@ __device__ __forceinline__ void multiply(float (&y)[OWN<NT>], u32 record, u32 x,
     load_shared<M>(high, meta + 32 * M);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-        u32 a[8], b[PRODUCTS][4];
-#pragma unroll
-        for (int i = 0; i < PRODUCTS; ++i) load_shared<4>(b[i], x + 128 * u + 64 * i);
+        u32 a[8], b[4];
+        load_shared<4>(b, x + 128 * u);
         unpack_bytes<B>(words + u * B, a);
 #pragma unroll
         for (int s = 0; s < SEGMENTS; ++s) {
-            int c[PRODUCTS][4];
+            int c[4];
 #pragma unroll
-            for (int i = 0; i < PRODUCTS; ++i)
-#pragma unroll
-                for (int j = s * 2 / SEGMENTS; j < (s + 1) * 2 / SEGMENTS; ++j)
-                    if (j == s * 2 / SEGMENTS) mma_bytes<false>(c[i], a + 4 * j, b[i][2 * j], b[i][2 * j + 1]);
-                    else mma_bytes<true>(c[i], a + 4 * j, b[i][2 * j], b[i][2 * j + 1]);
+            for (int j = s * 2 / SEGMENTS; j < (s + 1) * 2 / SEGMENTS; ++j)
+                if (j == s * 2 / SEGMENTS) mma_bytes<false>(c, a + 4 * j, b[2 * j], b[2 * j + 1]);
+                else mma_bytes<true>(c, a + 4 * j, b[2 * j], b[2 * j + 1]);
             const int m = M == 1 ? 0 : (u * SEGMENTS + s) * M / (U * SEGMENTS);
-            const float s0 = Half<false>::lo(low[m]), z0 = Half<false>::hi(low[m]);
-            const float s1 = Half<false>::lo(high[m]), z1 = Half<false>::hi(high[m]);
+            float scale, sum;
+            asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(scale), "=f"(sum) : "r"(sums + (u * SEGMENTS + s) * 8));
 #pragma unroll
-            for (int i = 0; i < OWN_TOKENS<NT>; ++i) {
-                float scale, sum;
-                asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(scale), "=f"(sum) : "r"(sums[i] + (u * SEGMENTS + s) * 8));
-                const int first = NT == 8 ? c[0][i] * 256 + c[PRODUCTS - 1][i] : c[0][0] * 256 + c[0][1];
-                const int second = NT == 8 ? c[0][2 + i] * 256 + c[PRODUCTS - 1][2 + i] : c[0][2] * 256 + c[0][3];
-                y[i] = fmaf(s0 * scale, fmaf(-z0, sum, float(first)), y[i]);
-                y[OWN_TOKENS<NT> + i] = fmaf(s1 * scale, fmaf(-z1, sum, float(second)), y[OWN_TOKENS<NT> + i]);
+            for (int r = 0; r < 2; ++r) {
+                const u32 meta = r ? high[m] : low[m];
+                const float products = float(c[2 * r] * 256 + c[2 * r + 1]);
+                y[r] = fmaf(Half<false>::lo(meta) * scale, fmaf(-Half<false>::hi(meta), sum, products), y[r]);
             }
         }
     }
 }
 
-template <int B, int U, int G, int NT>
-__device__ __forceinline__ void multiply_any(float (&y)[OWN<NT>], u32 record, u32 x, const u32 (&sums)[OWN_TOKENS<NT>], int bits,
-                                             int lane) {
+template <int B, int U, int G>
+__device__ __forceinline__ void multiply_any(float (&y)[2], u32 record, u32 x, u32 sums, int bits, int lane) {
     constexpr int SEGMENTS = Record<U, G>::SEGMENTS;
     if constexpr (B) {
-        multiply<B, U, G, SEGMENTS, NT>(y, record, x, sums, lane);
+        multiply<B, U, G, SEGMENTS>(y, record, x, sums, lane);
     } else {
-        if (bits == 1) multiply<1, U, G, SEGMENTS, NT>(y, record, x, sums, lane);
-        else if (bits == 2) multiply<2, U, G, SEGMENTS, NT>(y, record, x, sums, lane);
-        else if (bits == 3) multiply<3, U, G, SEGMENTS, NT>(y, record, x, sums, lane);
-        else if (bits == 4) multiply<4, U, G, SEGMENTS, NT>(y, record, x, sums, lane);
-        else multiply<8, U, G, SEGMENTS, NT>(y, record, x, sums, lane);
+        if (bits == 1) multiply<1, U, G, SEGMENTS>(y, record, x, sums, lane);
+        else if (bits == 2) multiply<2, U, G, SEGMENTS>(y, record, x, sums, lane);
+        else if (bits == 3) multiply<3, U, G, SEGMENTS>(y, record, x, sums, lane);
+        else if (bits == 4) multiply<4, U, G, SEGMENTS>(y, record, x, sums, lane);
+        else multiply<8, U, G, SEGMENTS>(y, record, x, sums, lane);
     }
 }
 
@@ -294,8 +291,8 @@ template <int B> struct FactorUnit {
         low = *reinterpret_cast<const u32*>(record + 128 * U * B + 4 * (U * (lane / 4) + u));
         high = *reinterpret_cast<const u32*>(record + 128 * U * B + 4 * (U * (lane / 4 + 8) + u));
     }
-    // y += this unit times b, whose columns are tokens, each twice where they are at most four
-    template <bool BF16, int NT> __device__ __forceinline__ void multiply(float (&y)[OWN<NT>], const u32 (&b)[8]) const {
+    // y += this unit times b, whose columns are tokens, each twice
+    template <bool BF16> __device__ __forceinline__ void multiply(float (&y)[2], const u32 (&b)[8]) const {
         using H = Half<BF16>;
         u32 a[16];
         unpack<B, BF16>(words, a);
@@ -311,11 +308,8 @@ template <int B> struct FactorUnit {
         mma<BF16, false>(c, a, b[0], b[1]);
 #pragma unroll
         for (int j = 1; j < 4; ++j) mma<BF16, true>(c, a + 4 * j, b[2 * j], b[2 * j + 1]);
-#pragma unroll
-        for (int i = 0; i < OWN_TOKENS<NT>; ++i) {
-            y[i] = fmaf(Half<false>::lo(low), c[i], y[i]);
-            y[OWN_TOKENS<NT> + i] = fmaf(Half<false>::lo(high), c[2 + i], y[OWN_TOKENS<NT> + i]);
-        }
+        y[0] = fmaf(Half<false>::lo(low), c[0], y[0]);
+        y[1] = fmaf(Half<false>::lo(high), c[2], y[1]);
     }
 };
 
@@ -332,9 +326,12 @@ template <int WARPS, int NT, int MODE> struct Cursor {
         if constexpr (MODE == DOWN)
             while (record >= p.records && slot < count) record -= p.records, ++slot;
     }
-    __device__ void next_record(const Arguments& p, int count) {
+    // Whether that ends a row of records.
+    __device__ bool next_record(const Arguments& p, int count) {
         record += WARPS;
+        if (record < p.records) return false;
         if constexpr (MODE == DOWN) settle(p, count);
+        return true;
     }
     __device__ bool at_end_of_row(const Arguments& p, int count) const {
         return MODE == DOWN ? slot >= count : record >= p.records;
@@ -396,42 +393,42 @@ struct Ring {
 
 // ---- the kernel ---------------------------------------------------------------------------------------------------
 
-// The warps' sums of row `row` of a row block, added in their order.
-template <int NT, int WARPS> __device__ __forceinline__ float add_parts(const float* parts, int token, int row) {
+// The warps' sums of row `row` of a row block, added in their order. A warp has them for COLUMNS columns or tokens.
+template <int COLUMNS, int WARPS> __device__ __forceinline__ float add_parts(const float* parts, int column, int row) {
     float sum = 0.f;
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) sum += parts[(w * NT + token) * ROWS + row];
+    for (int w = 0; w < WARPS; ++w) sum += parts[(w * COLUMNS + column) * ROWS + row];
     return sum;
 }
 
 // Stores the results of one row block; one of STORING warps, the `part`-th.
-template <bool BF16, int NT, int MODE, int WARPS, int STORING>
+template <bool BF16, int NT, int COLUMNS, int MODE, int WARPS, int STORING>
 __device__ void finish_row(const Arguments& p, const Active<NT>& active, const float* parts, int slot, int row_block, int part,
                            int lane) {
-    for (int i = part * WARP + lane; i < ROWS * NT; i += STORING * WARP) {
-        const int row = i % ROWS, token = i / ROWS;
-        float sum = add_parts<NT, WARPS>(parts, token, row);
+    for (int i = part * WARP + lane; i < ROWS * COLUMNS; i += STORING * WARP) {
+        const int row = i % ROWS, column = i / ROWS;
+        float sum = add_parts<COLUMNS, WARPS>(parts, column, row);
         if constexpr (MODE == GATE_UP) {  // rows 0..7 are gate, 8..15 up
             const float up = __shfl_down_sync(NT == 1 ? 0xffffu : ~0u, sum, 8, 16);
-            const int n = row_block * 8 + row, pair = active.pair[slot][token];
+            const int n = row_block * 8 + row, pair = active.pair[slot][column];
             if (row < 8 && pair >= 0 && n < p.n) p.y[pair * p.n + n] = round16<BF16>(sum / (1.f + __expf(-sum)) * up);
         } else {
             const int n = row_block * ROWS + row;
-            if (n < p.n && token < p.tokens) {
+            if (n < p.n && column < p.tokens) {
                 if (MODE == DENSE && p.bias) sum += widen<BF16>(p.bias[n]);
-                p.y[token * p.n + n] = round16<BF16>(sum);
+                p.y[column * p.n + n] = round16<BF16>(sum);
             }
         }
     }
 }
 
 // The same for a row block of t; then says that this warp has stored its part.
-template <bool BF16, int NT, int WARPS, int STORING>
+template <bool BF16, int NT, int COLUMNS, int WARPS, int STORING>
 __device__ void finish_t(const Compensators& f, const Active<NT>& active, const float* parts, int slot, int row_block, int part,
                          int lane) {
     for (int i = part * WARP + lane; i < ROWS * NT; i += STORING * WARP) {
         const int row = i % ROWS, token = i / ROWS, pair = active.pair[slot][token], column = row_block * ROWS + row;
-        const float sum = add_parts<NT, WARPS>(parts, token, row);
+        const float sum = add_parts<COLUMNS, WARPS>(parts, token, row);
         if (pair >= 0 && column < f.columns) f.t[pair * f.columns + column] = round16<BF16>(sum);
     }
     __syncwarp();
@@ -461,30 +458,30 @@ __device__ __forceinline__ void load_t(u32 (&b)[8], const u16* row, int column, 
     }
 }
 
-// A warp's sums of one row block into its group's buffer.
-template <int NT> __device__ __forceinline__ void put_part(float* out, const float (&y)[OWN<NT>], int lane) {
+// A warp's sums of one row block into its part of its group's buffer.
+template <int NT> __device__ __forceinline__ void put_part(float* part, const float (&y)[2], int lane) {
+    const int column = NT == 1 ? 0 : lane % 4;
     if (NT == 1 && lane % 4) return;
-#pragma unroll
-    for (int i = 0; i < OWN_TOKENS<NT>; ++i) {
-        out[own_token<NT>(lane, i) * ROWS + lane / 4] = y[i];
-        out[own_token<NT>(lane, i) * ROWS + lane / 4 + 8] = y[OWN_TOKENS<NT> + i];
-    }
+    part[column * ROWS + lane / 4] = y[0], part[column * ROWS + lane / 4 + 8] = y[1];
 }
 
 // GROUPS groups of WARPS warps: a group has a row block at a time, and all share x. With 32 warps on a multiprocessor
-// the latencies of unpacking hide each other; with 16, four issue slots in ten were used. NT is 1, 4 or 8, the most tokens.
+// the latencies of unpacking hide each other; with 16, four issue slots in ten were used. NT is 1 for one token, or 4, the columns of a product.
 // FB is the bits of compensators' factors, 0 for none, and FU the units of u's records.
 template <int B, int MAX_B, int U, int G, bool BF16, int NT, int MODE, int WARPS, int GROUPS, int FB, int FU>
 __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p, const Compensators f) {
     constexpr int SEGMENTS = Record<U, G>::SEGMENTS;
     constexpr bool FACTORS = FB > 0;
     constexpr int U_UNITS = FU > 0 ? FU : 1;
-    constexpr int STORING = NT > 1 && WARPS >= 16 ? 4 : 1;  // warps that store a row block
+    // several tokens' results of experts are added up by token, in the warp's part of the buffer instead of in registers
+    constexpr bool SCATTERS = NT > 1 && MODE == DOWN;
+    constexpr int PARTS = SCATTERS ? MAX_TOKENS : NT;       // columns or tokens of a part
+    constexpr int STORING = NT > 1 && WARPS >= 16 ? PARTS / 2 : 1;  // warps that store a row block
     constexpr u32 V_SIZE = FACTORS ? Record<U, UNIT>::bytes(FB) : 0, OWN_SIZE = Record<U, G>::bytes(MAX_B);
     constexpr u32 SLOT = OWN_SIZE > V_SIZE ? OWN_SIZE : V_SIZE;
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ Active<NT> active;
-    __shared__ float all_parts[GROUPS][2][WARPS * NT * ROWS];
+    __shared__ float all_parts[GROUPS][2][WARPS * PARTS * ROWS];
     // by a shuffle: the same for the whole warp, so addresses of rings and records can live in uniform registers
     const int lane = threadIdx.x % WARP, any_warp = __shfl_sync(~0u, threadIdx.x / WARP, 0);
     const int warp = any_warp % WARPS, group = any_warp / WARPS;
@@ -493,10 +490,9 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     u64* bars = reinterpret_cast<u64*>(shared + WARPS * GROUPS * p.stages * SLOT);
     Staged s;
     s.units = p.records * U;
-    // the last of several pairs' rows is zeros
-    s.rows = NT == 1 ? (MODE == DOWN ? p.slots : 1) : MODE == DOWN ? pairs + 1 : p.tokens;
-    // padding, so that tokens' fragments and sums meet no bank twice
-    s.words = s.units * 32 + (NT == 8 ? 16 : 0);
+    s.rows = MODE == DOWN ? pairs : p.tokens;
+    s.words = s.units * 32;
+    // padding, so that tokens' sums meet no bank twice
     s.row_sums = s.units * SEGMENTS * 2 + (NT > 1 ? 2 : 0);
     s.x = reinterpret_cast<u32*>(bars + WARPS * GROUPS * p.stages);
     s.sums = reinterpret_cast<float*>(s.x + s.rows * s.words);
@@ -519,14 +515,22 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     // the first row blocks go to different multiprocessors
     Cursor<WARPS, NT, MODE> ahead(blockIdx.x + group * gridDim.x, gridDim.x * GROUPS, warp), here = ahead;
     ahead.settle(p, count), here.settle(p, count);
-    auto fetch_next = [&] {
+    const u8* row = nullptr;  // of records that `ahead` is in; null at the end
+    u32 size = 0;
+    auto find_row = [&] {
         while (!ahead.done(p, count) && ahead.at_end_of_row(p, count)) ahead.next_row(p, count);
-        if (ahead.done(p, count)) return ring.nothing();
+        row = nullptr;
+        if (ahead.done(p, count)) return;
         const Expert& e = active.expert[ahead.slot];
-        const u32 size = Record<U, G>::bytes(B ? B : e.word_bits);
-        ring.fetch(locate(e.records, ahead.row_block, ahead.record, p.records, size), size, policy, lane);
-        ahead.next_record(p, count);
+        size = Record<U, G>::bytes(B ? B : e.word_bits);
+        row = locate(e.records, ahead.row_block, 0, p.records, size);
     };
+    auto fetch_next = [&] {
+        if (!row) return ring.nothing();
+        ring.fetch(row + ahead.record * (4 * size), size, policy, lane);
+        if (ahead.next_record(p, count)) find_row();
+    };
+    find_row();
     // row blocks of t go to groups that have fewer of their own
     int item = blockIdx.x + (GROUPS - 1 - group) * gridDim.x;
     const int items = FACTORS ? active.compensated_count * f.v_row_blocks : 0;
@@ -551,28 +555,28 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     if (MODE != GATE_UP) await_producers();
     allow_dependents();
     auto row_of = [&](int row) -> const u16* {
-        if (MODE != DOWN || NT > 1) return MODE == DOWN && row == pairs ? nullptr : p.x + (u64)row * p.k;
+        if (MODE != DOWN || NT > 1) return p.x + (u64)row * p.k;
         return row < count ? p.x + (u64)active.pair[row][0] * p.k : nullptr;
     };
     stage_rows<G, BF16, NT, EARLY>(s, row_of, early, p.k);
     __syncthreads();
 
-    // the staged row of a token's input for an expert
-    auto staged = [&](int slot, int token) {
-        if (MODE != DOWN) return NT == 1 ? 0 : min(token, p.tokens - 1);
-        if (NT == 1) return slot;
-        const int pair = active.pair[slot][token];
-        return pair < 0 ? pairs : pair;
+    // the staged row of the input of an expert's column; any for columns without a token
+    auto staged = [&](int slot, int column) {
+        if (NT == 1) return MODE == DOWN ? slot : 0;
+        return MODE == DOWN ? max(int(active.pair[slot][column]), 0) : int(active.token[slot][column]);
     };
-    // of a lane's column: its token's row, its half of a unit where high and low bytes are columns, its own 16 bytes
-    const u32 x_lane = shared_address(s.x) + (NT < 8 ? lane / 4 % 2 * 64 : 0) + lane % 4 * 16, sums_at = shared_address(s.sums);
-    auto x_at = [&](int slot, int record) {
-        return x_lane + staged(slot, column_token<NT>(lane)) * s.words * 4 + 128 * U * record;
+    // of a lane's column: its half of a unit for high or low bytes, and there its own 16
+    const u32 x_lane = shared_address(s.x) + lane / 4 % 2 * 64 + lane % 4 * 16, sums_at = shared_address(s.sums);
+    auto x_of = [&](int slot, int record) { return x_lane + staged(slot, lane / 8) * s.words * 4 + 128 * U * record; };
+    auto sums_of = [&](int slot, int record) {
+        return sums_at + 4 * staged(slot, lane % 4) * s.row_sums + 8 * SEGMENTS * U * record;
     };
-    auto find_sums = [&](u32 (&at)[OWN_TOKENS<NT>], int slot, int record) {
-#pragma unroll
-        for (int i = 0; i < OWN_TOKENS<NT>; ++i)
-            at[i] = sums_at + 4 * staged(slot, own_token<NT>(lane, i)) * s.row_sums + 8 * SEGMENTS * U * record;
+    // adds an expert's results to those of its tokens
+    auto scatter = [&](float* part, int slot, const float (&y)[2]) {
+        if (active.pair[slot][lane % 4] < 0) return;
+        float* to = part + active.token[slot][lane % 4] * ROWS + lane / 4;
+        to[0] += active.weight[slot][lane % 4] * y[0], to[8] += active.weight[slot][lane % 4] * y[1];
     };
     int turn = 0;
     // below STORING: this warp stores, and that part
@@ -581,28 +585,32 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     if constexpr (FACTORS) {
         for (; item < items; ++turn) {
             const int slot = v_slot, row_block = v_row_block;
-            float y[OWN<NT>] = {};
+            float y[2] = {};
             for (int record = warp; record < f.v_records; record += WARPS) {
                 fetch_v();
                 ring.wait();
-                u32 sums_lane[OWN_TOKENS<NT>];
-                find_sums(sums_lane, slot, record);
-                multiply<FACTORS ? FB : 1, U, UNIT, SEGMENTS, NT>(y, ring.head(), x_at(slot, record), sums_lane, lane);
+                multiply<FB, U, UNIT, SEGMENTS>(y, ring.head(), x_of(slot, record), sums_of(slot, record), lane);
                 ring.release();
             }
             item += gridDim.x * GROUPS;
             fetch_first();
-            put_part<NT>(parts[turn % 2] + warp * NT * ROWS, y, lane);
+            put_part<NT>(parts[turn % 2] + warp * PARTS * ROWS, y, lane);
             named_barrier(1 + group, WARPS * WARP);
             if (storing() < STORING)
-                finish_t<BF16, NT, WARPS, STORING>(f, active, parts[turn % 2], slot, row_block, storing(), lane);
+                finish_t<BF16, NT, PARTS, WARPS, STORING>(f, active, parts[turn % 2], slot, row_block, storing(), lane);
         }
     }
 
     bool t_is_there = false;
     for (; !here.done(p, count); ++turn) {
         const int row_block = here.row_block, row_slot = here.slot;
-        float y[OWN<NT>] = {};
+        const u32 row_x = x_of(row_slot, 0), row_sums = sums_of(row_slot, 0);
+        float y[2] = {}, *own = parts[turn % 2] + warp * PARTS * ROWS;
+        if constexpr (SCATTERS) {
+#pragma unroll
+            for (int i = 0; i < PARTS * ROWS / WARP; ++i) own[i * WARP + lane] = 0.f;
+            __syncwarp();
+        }
         // u t: of gate and up by the last warp, which has the fewest columns, of down's experts by one warp each; asked for
         // here and multiplied at the end
         FactorUnit<FACTORS ? FB : 1> unit;
@@ -617,43 +625,42 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         while (!here.at_end_of_row(p, count)) {
             fetch_next();
             ring.wait();
-            u32 sums_lane[OWN_TOKENS<NT>];
-            find_sums(sums_lane, here.slot, here.record);
             const int bits = B ? B : active.expert[here.slot].word_bits;
-            float part[OWN<NT>] = {};
-            multiply_any<B, U, G, NT>(part, ring.head(), x_at(here.slot, here.record), sums_lane, bits, lane);
+            float part[2] = {};
+            const u32 x = MODE == DOWN ? x_of(here.slot, here.record) : row_x + 128 * U * here.record;
+            const u32 sums = MODE == DOWN ? sums_of(here.slot, here.record) : row_sums + 8 * SEGMENTS * U * here.record;
+            multiply_any<B, U, G>(part, ring.head(), x, sums, bits, lane);
             ring.release();
+            if constexpr (SCATTERS) scatter(own, here.slot, part);
+            else
 #pragma unroll
-            for (int i = 0; i < OWN<NT>; ++i) {
-                const float weight = MODE == DOWN ? active.weight[here.slot][own_token<NT>(lane, i % OWN_TOKENS<NT>)] : 1.f;
-                y[i] = MODE == DOWN ? fmaf(weight, part[i], y[i]) : y[i] + part[i];
-            }
+                for (int i = 0; i < 2; ++i) y[i] = MODE == DOWN ? fmaf(active.weight[here.slot][0], part[i], y[i]) : y[i] + part[i];
             here.next_record(p, count);
         }
         if constexpr (FACTORS) {
             for (bool loaded = true; compensated < count; compensated += MODE == GATE_UP ? count : WARPS, loaded = false) {
                 if (!active.u[compensated]) continue;
                 if (!t_is_there) await_count(f.counters, STORING * items, lane), t_is_there = true;
-                const int pair = active.pair[compensated][column_token<NT>(lane)];
+                const int pair = active.pair[compensated][NT == 1 ? 0 : lane / 8];
                 const u16* t = pair < 0 ? nullptr : f.t + pair * f.columns;
-                float part[OWN<NT>] = {};
+                float part[2] = {};
                 for (int i = 0; i < f.u_records * U_UNITS; ++i) {
                     u32 b[8];
                     if (i > 0 || !loaded) load_unit(i);
                     load_t(b, t, i * UNIT, f.columns, lane);
-                    unit.template multiply<BF16, NT>(part, b);
+                    unit.template multiply<BF16>(part, b);
                 }
+                if constexpr (SCATTERS) scatter(own, compensated, part);
+                else
 #pragma unroll
-                for (int i = 0; i < OWN<NT>; ++i) {
-                    const float weight = MODE == DOWN ? active.weight[compensated][own_token<NT>(lane, i % OWN_TOKENS<NT>)] : 1.f;
-                    y[i] = fmaf(weight, part[i], y[i]);
-                }
+                    for (int i = 0; i < 2; ++i)
+                        y[i] = fmaf(MODE == DOWN ? active.weight[compensated][0] : 1.f, part[i], y[i]);
             }
         }
-        put_part<NT>(parts[turn % 2] + warp * NT * ROWS, y, lane);
+        if constexpr (!SCATTERS) put_part<NT>(own, y, lane);
         named_barrier(1 + group, WARPS * WARP);
         if (storing() < STORING)
-            finish_row<BF16, NT, MODE, WARPS, STORING>(p, active, parts[turn % 2], row_slot, row_block, storing(), lane);
+            finish_row<BF16, NT, PARTS, MODE, WARPS, STORING>(p, active, parts[turn % 2], row_slot, row_block, storing(), lane);
         here.next_row(p, count);
     }
     if constexpr (FACTORS) {  // the last block to end leaves the counters as it found them

@@ -42,7 +42,7 @@ struct Arguments {
 constexpr int MAX_EXPERTS = 512;
 
 // Tensor maps of the activations, DENSE of the tokens, else of the sorted pairs: x as [units][rows][64] in boxes of
-// [KW * U, NT, 64] with 128-byte swizzle, and its sums as [records][rows][..] in boxes of [KW, NT, ..].
+// [KW * U, NT or NARROW, 64] with 128-byte swizzle, and its sums as [records][rows][..] in boxes of [KW, NT, ..].
 struct alignas(64) TensorMap {
     u8 opaque[128];
 };
@@ -59,7 +59,11 @@ struct Work {
     }
 };
 
-// Tiles in order: expert, row tile, token tile; so that blocks at work together share an expert's records in L2.
+// Wide tiles have products of two sizes: experts' tokens come in all numbers, and time goes with columns, empty or not.
+template <int NT, int MI> constexpr int NARROW = MI == 1 ? NT : NT == 128 ? 96 : 64;
+
+// Tiles in order: expert, row tile, token tile; so that blocks at work together share an expert's records in L2. An
+// expert's tokens are shared out evenly.
 template <int NT, int TILE_BLOCKS, int MODE> struct Schedule {
     const int* tiles;  // [num_experts + 1] token tiles before each expert
     const int* first;
@@ -68,7 +72,8 @@ template <int NT, int TILE_BLOCKS, int MODE> struct Schedule {
     __device__ Work at(int index) const {
         if constexpr (MODE == DENSE) {
             const int token_tiles = (all_tokens + NT - 1) / NT, tile = index % token_tiles;
-            return {0, tile * NT, min(NT, all_tokens - tile * NT), index / token_tiles * TILE_BLOCKS, 0};
+            const int start = share(all_tokens, tile, token_tiles);
+            return {0, start, share(all_tokens, tile + 1, token_tiles) - start, index / token_tiles * TILE_BLOCKS, 0};
         }
         int low = 0, high = num_experts;  // the last expert whose tiles begin at or before this one
         while (high - low > 1) {
@@ -76,9 +81,13 @@ template <int NT, int TILE_BLOCKS, int MODE> struct Schedule {
             if (tiles[middle] * row_tiles <= index) low = middle; else high = middle;
         }
         const int own = tiles[low + 1] - tiles[low], rest = index - tiles[low] * row_tiles, tile = rest % own;
-        const int start = first[low] + tile * NT, row = rest / own, split = MODE == PLAIN ? row % splits : 0;
-        return {low, start, min(NT, first[low + 1] - start), (MODE == PLAIN ? row / splits : row) * TILE_BLOCKS, split};
+        const int all = first[low + 1] - first[low], start = share(all, tile, own);
+        const int row = rest / own, split = MODE == PLAIN ? row % splits : 0;
+        return {low, first[low] + start, share(all, tile + 1, own) - start,
+                (MODE == PLAIN ? row / splits : row) * TILE_BLOCKS, split};
     }
+    // Where the i-th of n shares begins.
+    static __device__ int share(int all, int i, int n) { return int((u64)all * i / n); }
 };
 
 // Unit `u` of a record -> scaled weights in the A registers. Chunks of words are read when first needed.
@@ -157,9 +166,9 @@ template <int B, int U, int G, bool BF16, int NT, int MI, int WGS, int KW> struc
     }
 };
 
-// The columns of one tile for one consumer warpgroup.
-template <int B, int MAX_B, int U, int G, bool BF16, int NT, int MI, int WGS, int KW>
-__device__ __forceinline__ void accumulate(float (&acc)[MI][NT / 2], u32 stages_at, u32 stage_bytes, u32 bars, int stages,
+// The columns of one tile of N tokens, in stages that have room for NT, for one consumer warpgroup.
+template <int B, int MAX_B, int U, int G, bool BF16, int NT, int N, int MI, int WGS, int KW>
+__device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], u32 stages_at, u32 stage_bytes, u32 bars, int stages,
                                            int& stage, u32& phase, int records, int wg, int kw, int lane, int warp, int bits,
                                            int centre) {
     using C = Config<MAX_B, U, G, BF16, NT, MI, WGS, KW>;
@@ -170,7 +179,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][NT / 2], u32 stages_
     for (int record = 0; record < records; record += KW) {
         mbarrier_wait(bars + 16 * stage, phase);
         if (record + kw < records) {
-            const u32 at = stages_at + stage * stage_bytes, x = at + kw * U * NT * 128, w = at + C::X_BYTES;
+            const u32 at = stages_at + stage * stage_bytes, x = at + kw * U * N * 128, w = at + C::X_BYTES;
             u32 words[MI][U * MAX_B];
 #pragma unroll
             for (int u = 0; u < U; ++u) {
@@ -181,9 +190,9 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][NT / 2], u32 stages_
                     const u32 from = w + (((wg * MI + mi) * KW + kw) * 4 + warp) * size;
                     dequantize_any<B, MAX_B, U, G, BF16>(a[buffer], words[mi], from, u, lane, bits, centre);
                     wgmma_fence();
-                    const u64 tile = swizzled_tile(x + u * NT * 128);
+                    const u64 tile = swizzled_tile(x + u * N * 128);
 #pragma unroll
-                    for (int j = 0; j < 4; ++j) Wgmma<NT, BF16>::run(acc[mi], a[buffer] + 4 * j, tile + 2 * j);
+                    for (int j = 0; j < 4; ++j) Wgmma<N, BF16>::run(acc[mi], a[buffer] + 4 * j, tile + 2 * j);
                     wgmma_commit();
                     if (C::DOUBLE) wgmma_wait<1>();
                     if (u == 0 && mi == 0 && held >= 0) {
@@ -335,7 +344,7 @@ template <bool BF16, int NT, int MODE>
 __device__ __forceinline__ void store_rows(const Arguments& p, const Work& work, const Columns* columns, u32 corner, float* octets,
                                            bool adds, int row_block, float (&acc)[NT / 2], int lane) {
     using H = Half<BF16>;
-    constexpr int CHUNK = NT < 32 ? NT : 32, HALVES = MODE == GATE_UP ? 1 : 2;  // 16-byte pieces of a token
+    constexpr int CHUNK = NT < 32 ? NT : NT % 32 ? 16 : 32, HALVES = MODE == GATE_UP ? 1 : 2;  // 16-byte pieces of a token
     const int n = row_block * 8 * HALVES;
     float bias[2] = {0.f, 0.f};
     if (MODE == DENSE && p.bias)
@@ -453,7 +462,7 @@ template <int NT, int MODE> __device__ __forceinline__ void count_tiles(const Ar
 
 // Keeps the ring full with the stages of this block's tiles. One warp, of which lane 0 asks for copies.
 template <typename C, int B, int MAX_B, int U, int G, int NT, int MODE, int MI, int WGS, int KW, int FLOATS, typename S>
-__device__ __forceinline__ void produce(const Arguments& p, const S& schedule, const TensorMap& x_map, const TensorMap& sums_map,
+__device__ __forceinline__ void produce(const Arguments& p, const S& schedule, const TensorMap& x_map, const TensorMap& other_map,
                                         u32 ring, u32 bars, int lane) {
     constexpr u32 STAGE = C::stage_bytes(MAX_B, FLOATS);
     const u64 policy = evict_first();
@@ -466,21 +475,27 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
         const int groups = min(MI * WGS, (p.row_blocks - work.row_block + 3) / 4);
         const u8* from = e.records + (u64)work.row_block * p.records * size;
         const int first = work.template first_record<MODE>(p), end = first + work.template records<MODE>(p);
+        const bool narrow = NARROW<NT, MI> < NT && work.tokens <= NARROW<NT, MI>;
+        const u32 x_bytes = narrow ? KW * U * NARROW<NT, MI> * 128 : C::X_BYTES;
         for (int record = first; record < end; record += KW) {
             const u32 full = bars + 16 * stage, to = ring + stage * STAGE, bytes = min(KW, end - record) * 4 * size;
             mbarrier_wait(full + 8, phase);
             if (lane == 0) {
-                mbarrier_expect(full, groups * bytes + C::X_BYTES + (C::SCALE_AFTER ? KW * NT * C::sum_bytes(FLOATS) : 0));
-                tensor_copy(to, &x_map, 0, work.token, record * U, full);
+                mbarrier_expect(full, groups * bytes + x_bytes + (C::SCALE_AFTER ? KW * NT * C::sum_bytes(FLOATS) : 0));
+                tensor_copy(to, narrow ? &other_map : &x_map, 0, work.token, record * U, full);
                 for (int i = 0; i < groups; ++i)
                     bulk_copy(to + C::X_BYTES + i * KW * 4 * size, from + (u64)(i * p.records + record) * 4 * size, bytes, full,
                               policy);
-                if constexpr (C::SCALE_AFTER) tensor_copy(to + C::sums_at(MAX_B), &sums_map, 0, work.token, record, full);
+                if constexpr (C::SCALE_AFTER) tensor_copy(to + C::sums_at(MAX_B), &other_map, 0, work.token, record, full);
             }
             if (++stage == p.stages) stage = 0, phase ^= 1;
         }
     }
 }
+
+template <int N> struct Size {
+    static constexpr int VALUE = N;
+};
 
 // Adds up what the KW warpgroups of the same rows have, in their order; the first of them gets it.
 template <int NT, int MI, int WGS, int KW, int THREADS>
@@ -506,7 +521,7 @@ __device__ __forceinline__ void add_columns(float (&acc)[MI][NT / 2], float* sum
 
 template <int B, int MAX_B, int U, int G, bool BF16, int NT, int MODE, int MI, int WGS, int KW, int BLOCKS>
 __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREADS, BLOCKS)
-    grouped(const Arguments p, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap sums_map) {
+    grouped(const Arguments p, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap other_map) {
     using C = Config<B ? B : 1, U, G, BF16, NT, MI, WGS, KW>;
     constexpr int FLOATS = Sums<B>::FLOATS;
     constexpr u32 STAGE = C::stage_bytes(MAX_B, FLOATS);
@@ -538,7 +553,7 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
     if (thread >= C::CONSUMERS) {  // producer
         if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (thread >= C::CONSUMERS + WARP) return;
-        produce<C, B, MAX_B, U, G, NT, MODE, MI, WGS, KW, FLOATS>(p, schedule, x_map, sums_map, ring, bars, lane);
+        produce<C, B, MAX_B, U, G, NT, MODE, MI, WGS, KW, FLOATS>(p, schedule, x_map, other_map, ring, bars, lane);
     } else {  // consumers
         if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         // through a shuffle, so that the compiler knows it to be the same for the whole warp, and with it the addresses of
@@ -555,40 +570,46 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
                 columns[thread].row = row;
                 columns[thread].weight = p.weights_wide ? ((const float*)p.weights)[row] : widen<BF16>(((const u16*)p.weights)[row]);
             }
-            float acc[MI][NT / 2];
-#pragma unroll
-            for (int mi = 0; mi < MI; ++mi)
-#pragma unroll
-                for (int i = 0; i < NT / 2; ++i) acc[mi][i] = 0.f;
             const Expert expert = p.bank.expert(work.expert);
             const int bits = B ? B : expert.word_bits, records = work.template records<MODE>(p);
             const bool adds = p.addend && (!p.added_to || p.added_to[work.expert].records);
+            float* octets = SUMS_NEXT && p.next.to ? all_octets[turn] : nullptr;
+            // sums live and end inside: shared by both sizes they made the compiler wait for every product
+            auto run = [&](auto size) {
+                constexpr int N = decltype(size)::VALUE;
+                float acc[MI][N / 2];
+#pragma unroll
+                for (int mi = 0; mi < MI; ++mi)
+#pragma unroll
+                    for (int i = 0; i < N / 2; ++i) acc[mi][i] = 0.f;
 #define WHERE acc, ring, STAGE, bars, p.stages, stage, phase, records, wg, kw, lane, warp
 #define CODES(W) accumulate_codes<W, U, G, BF16, NT, MI, WGS, KW, FLOATS, C::sums_at(MAX_B)>(WHERE)
-            if constexpr (!C::SCALE_AFTER) {
-                accumulate<B, MAX_B, U, G, BF16, NT, MI, WGS, KW>(WHERE, bits, expert.centre);
-            } else {
-                if constexpr (B) CODES(B);
-                else if (bits == 1) CODES(1);
-                else if (bits == 2) CODES(2);
-                else if (bits == 3) CODES(3);
-                else if (MAX_B == 4 || bits == 4) CODES(4);
-                else CODES(MAX_B);
-            }
+                if constexpr (!C::SCALE_AFTER) {
+                    accumulate<B, MAX_B, U, G, BF16, NT, N, MI, WGS, KW>(WHERE, bits, expert.centre);
+                } else {
+                    if constexpr (B) CODES(B);
+                    else if (bits == 1) CODES(1);
+                    else if (bits == 2) CODES(2);
+                    else if (bits == 3) CODES(3);
+                    else if (MAX_B == 4 || bits == 4) CODES(4);
+                    else CODES(MAX_B);
+                }
 #undef CODES
 #undef WHERE
-            if constexpr (KW > 1) add_columns<NT, MI, WGS, KW, C::CONSUMERS>(acc, sums, wg, kw, thread);
-            if (KW == 1 && MODE == DOWN) named_barrier(1, C::CONSUMERS);  // columns are there
-            if (kw > 0) continue;
-            float* octets = SUMS_NEXT && p.next.to ? all_octets[turn] : nullptr;
+                if constexpr (KW > 1) add_columns<N, MI, WGS, KW, C::CONSUMERS>(acc, sums, wg, kw, thread);
+                if (KW == 1 && MODE == DOWN) named_barrier(1, C::CONSUMERS);  // columns are there
+                if (kw > 0) return;
 #pragma unroll
-            for (int mi = 0; mi < MI; ++mi) {
-                const int block = (wg * MI + mi) * 4 + warp;
-                store_rows<BF16, NT, MODE>(p, work, columns, shared_address(corners[thread / WARP]),
-                                           octets ? octets + block * NT : nullptr, adds, work.row_block + block, acc[mi], lane);
-            }
+                for (int mi = 0; mi < MI; ++mi) {
+                    const int block = (wg * MI + mi) * 4 + warp;
+                    store_rows<BF16, N, MODE>(p, work, columns, shared_address(corners[thread / WARP]),
+                                              octets ? octets + block * NT : nullptr, adds, work.row_block + block, acc[mi], lane);
+                }
+            };
+            if (NARROW<NT, MI> < NT && work.tokens <= NARROW<NT, MI>) run(Size<NARROW<NT, MI>>{});
+            else run(Size<NT>{});
             if constexpr (SUMS_NEXT)
-                if (octets) {
+                if (kw == 0 && octets) {
                     named_barrier(2, WGS * 128);
                     store_sums<BF16, NT, C::H_UNITS>(p, work, octets, thread);
                 }

@@ -183,11 +183,11 @@ def grouped(
         int(weights is not None and weights.dtype == torch.float32), tokens, slots, len(bank.where), columns,
         y.shape[1], layout.records_per_row_block, shape.row_blocks, stages, *splits,
     )  # fmt: skip
-    x_map = map_rows(x, tile.tokens, tile.column_groups * layout.units)
-    sums_map = x_map if sums is None else map_sums(sums, tile.tokens, tile.column_groups)
+    x_map, narrow_map = (map_rows(x, each, tile.column_groups * layout.units) for each in (tile.tokens, tile.narrow))
+    other_map = narrow_map if sums is None else map_sums(sums, tile.tokens, tile.column_groups)
     shared = stages * tile.stage_bytes(shape) + choose.RESERVED
     function.launch(
-        tile.blocks * processors_of(device), tile.threads, shared, (arguments, x_map, sums_map), programmatic=True
+        tile.blocks * processors_of(device), tile.threads, shared, (arguments, x_map, other_map), programmatic=True
     )
 
 

@@ -164,7 +164,7 @@ class _Instances:
         for mode, layouts, factors in (("GATE_UP", gate_up, gate_up_factors), ("DOWN", down, down_factors)):
             bank = choose.Bank(tuple(layouts))
             ranks = choose.ranks(factors[0][0], factors[1][0]) if factors else None
-            for tokens in range(1, choose.COLUMNS[-1] + 1):
+            for tokens in range(1, choose.MAX_TOKENS + 1):
                 yield from self._few(mode, bank, ranks, tokens, slots)
         banks = choose.Bank(tuple(gate_up)), choose.Bank(tuple(down))
         kinds = [choose.Bank(tuple(each)) for both in (gate_up_factors, down_factors) if both for each in both]
