@@ -87,6 +87,9 @@ template <> struct Half<false> {
 template <bool BF16> __device__ u16 round16(float x) { return u16(Half<BF16>::pack(x, 0.f) & 0xffffu); }
 template <bool BF16> __device__ float widen(u16 x) { return Half<BF16>::lo(u32(x)); }
 
+// Where the denominator passes 2^126 the quotient is below what any of the types can hold, and may be 0.
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
+
 // ---- unpacking ----------------------------------------------------------------------------------------------------
 
 // A code left at mantissa bit p of a number whose last place there is worth 1 has unit weight whatever p is; only the

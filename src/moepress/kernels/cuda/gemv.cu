@@ -73,6 +73,37 @@ template <bool BF16> __device__ __forceinline__ float weight_of(const Arguments&
     return p.weights_wide ? ((const float*)p.weights)[pair] : widen<BF16>(((const u16*)p.weights)[pair]);
 }
 
+// How many tokens before this one chose its expert; notes who chose what. All threads; ends with a barrier.
+template <int NT> __device__ __forceinline__ int mark_tokens(Active<NT>& active, int id, int token) {
+    constexpr int WORDS = MAX_EXPERTS / 32;
+    const int thread = threadIdx.x, byte = id % 4 * 8;
+    if (thread < 2 * WORDS) active.chosen[thread / WORDS][thread % WORDS] = 0;
+    if (thread < MAX_EXPERTS / 4) active.tokens[thread] = 0;
+    for (int i = thread; i < MAX_PAIRS * NT; i += blockDim.x) active.pair[i / NT][i % NT] = -1, active.token[i / NT][i % NT] = 0;
+    __syncthreads();
+    if (id >= 0) atomicOr(&active.tokens[id / 4], 1u << (byte + token)), atomicOr(&active.chosen[0][id / 32], 1u << (id % 32));
+    __syncthreads();
+    const int rank = id < 0 ? 0 : __popc(active.tokens[id / 4] >> byte & ((1u << token) - 1));
+    if (rank == NT) atomicOr(&active.chosen[1][id / 32], 1u << (id % 32));
+    __syncthreads();
+    return rank;
+}
+
+// Where in the list a token finds its expert, with `rank` tokens before it; and how long the list is. The first warps.
+template <int NT> __device__ __forceinline__ int place_of(Active<NT>& active, int id, int rank) {
+    int before[2] = {}, all[2] = {};
+#pragma unroll
+    for (int more = 0; more < 2; ++more)
+#pragma unroll
+        for (int w = 0; w < MAX_EXPERTS / 32; ++w) {
+            const u32 word = active.chosen[more][w];
+            all[more] += __popc(word);
+            before[more] += __popc(w < id / 32 ? word : w == id / 32 ? word & ((1u << (id % 32)) - 1) : 0u);
+        }
+    if (threadIdx.x == 0) active.count = all[0] + all[1];
+    return rank < NT ? before[0] : all[0] + before[1];
+}
+
 // All threads; ends with a barrier.
 template <bool BF16, int NT, int MODE, bool FACTORS>
 __device__ void find_active(Active<NT>& active, const Arguments& p, const Compensators& f) {
@@ -94,30 +125,12 @@ __device__ void find_active(Active<NT>& active, const Arguments& p, const Compen
             if (thread == 0) active.count = __popc(votes);
         }
     } else {
-        constexpr int WORDS = MAX_EXPERTS / 32;
-        const int id = thread < p.tokens * p.slots ? id_of(p, thread) : -1, token = thread / p.slots, byte = id % 4 * 8;
-        if (thread < 2 * WORDS) active.chosen[thread / WORDS][thread % WORDS] = 0;
-        if (thread < MAX_EXPERTS / 4) active.tokens[thread] = 0;
-        for (int i = thread; i < MAX_PAIRS * NT; i += blockDim.x)
-            active.pair[i / NT][i % NT] = -1, active.token[i / NT][i % NT] = 0;
-        __syncthreads();
-        if (id >= 0) atomicOr(&active.tokens[id / 4], 1u << (byte + token)), atomicOr(&active.chosen[0][id / 32], 1u << (id % 32));
-        __syncthreads();
-        const int rank = id < 0 ? 0 : __popc(active.tokens[id / 4] >> byte & ((1u << token) - 1));
-        if (rank == NT) atomicOr(&active.chosen[1][id / 32], 1u << (id % 32));
-        __syncthreads();
-        int before[2] = {}, all[2] = {};
-#pragma unroll
-        for (int more = 0; more < 2; ++more)
-#pragma unroll
-            for (int w = 0; w < WORDS; ++w) {
-                const u32 word = active.chosen[more][w];
-                all[more] += __popc(word);
-                before[more] += __popc(w < id / 32 ? word : w == id / 32 ? word & ((1u << (id % 32)) - 1) : 0u);
-            }
-        // tokens that share an expert write the same
-        if (id >= 0) enter(rank < NT ? before[0] : all[0] + before[1], id, thread, rank % NT);
-        if (thread == 0) active.count = all[0] + all[1];
+        const int id = thread < p.tokens * p.slots ? id_of(p, thread) : -1;
+        const int rank = mark_tokens(active, id, thread / p.slots);
+        if (thread < MAX_PAIRS) {
+            const int at = place_of(active, id, rank);
+            if (id >= 0) enter(at, id, thread, rank % NT);  // tokens that share an expert write the same
+        }
     }
     __syncthreads();
     if constexpr (FACTORS) {
@@ -154,13 +167,15 @@ template <int G, bool BF16>
 __device__ __forceinline__ void stage_octet(const Staged& s, const u32 (&octet)[4], int row, int o, bool inside) {
     constexpr int SPAN = G == 32 ? 4 : 8;
     float x[8];
-    u32 most = 0;
+    u32 pairs = 0;  // without their signs numbers are in the order of their bits
 #pragma unroll
-    for (int t = 0; t < 4; ++t) x[2 * t] = Half<BF16>::lo(octet[t]), x[2 * t + 1] = Half<BF16>::hi(octet[t]);
+    for (int t = 0; t < 4; ++t) {
+        x[2 * t] = Half<BF16>::lo(octet[t]), x[2 * t + 1] = Half<BF16>::hi(octet[t]);
+        pairs = __vmaxu2(pairs, octet[t] & 0x7fff7fffu);
+    }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) most = max(most, __float_as_uint(x[i]) & 0x7fffffffu);
-#pragma unroll
-    for (int mask = 1; mask < SPAN; mask *= 2) most = max(most, __shfl_xor_sync(~0u, most, mask));
+    for (int mask = 1; mask < SPAN; mask *= 2) pairs = __vmaxu2(pairs, __shfl_xor_sync(~0u, pairs, mask));
+    const u32 most = __float_as_uint(Half<BF16>::lo(max(pairs & 0xffffu, pairs >> 16)));
     // a power of two that makes the largest at least 2^13 and less than 2^14
     const u32 exponent = max(most >> 23, 14u);
     const float to_integers = __uint_as_float((267u - exponent) << 23);
@@ -198,27 +213,33 @@ __device__ __forceinline__ void stage_octet(const Staged& s, const u32 (&octet)[
 
 // All threads take part; a thread asks for several octets of columns before it uses the first, because each takes most of
 // a microsecond to come. `row_of(i)` is where row i of k values begins, null for zeros; `early` is the thread's first octet
-// where EARLY, asked for together with the ids. (Rows by bulk copies, permuted and summed afterwards, took 1 us longer.)
+// where EARLY, asked for together with the ids. (Rows by bulk copies, permuted and summed afterwards, took 1 us longer;
+// a division for each octet, and arithmetic on octets past the end, 3 us with eight tokens.)
 template <int G, bool BF16, int NT, bool EARLY, typename R>
 __device__ void stage_rows(const Staged& s, R row_of, const u32 (&early)[4], int k) {
     constexpr int BATCH = NT == 1 ? 2 : 4;
-    const int octets = 8 * s.units;
-    for (int first = threadIdx.x; first - int(threadIdx.x) < s.rows * octets; first += BATCH * blockDim.x) {
+    const int octets = 8 * s.units, rows_ahead = blockDim.x / octets, octets_ahead = blockDim.x - rows_ahead * octets;
+    int row = threadIdx.x / octets, o = threadIdx.x - row * octets;
+    bool first = true;
+    // the warp's first lane is the last to pass the end
+    while (__shfl_sync(~0u, row, 0) < s.rows) {
         u32 v[BATCH][4];
+        int rows[BATCH], os[BATCH];
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
-            const int at = first + i * blockDim.x, row = at / octets;
-            const bool known = EARLY && i == 0 && first == threadIdx.x;
+            const bool known = EARLY && i == 0 && first;
+            rows[i] = row, os[i] = o;
 #pragma unroll
             for (int t = 0; t < 4; ++t) v[i][t] = known ? early[t] : 0;
             if (!known && row < s.rows)
-                if (const u16* from = row_of(row)) load_octet<BF16>(v[i], from, 8 * (at - row * octets), k);
+                if (const u16* from = row_of(row)) load_octet<BF16>(v[i], from, 8 * o, k);
+            row += rows_ahead, o += octets_ahead;
+            if (o >= octets) o -= octets, ++row;
         }
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            const int at = first + i * blockDim.x, row = at / octets;
-            stage_octet<G, BF16>(s, v[i], row, at - row * octets, row < s.rows);
-        }
+        for (int i = 0; i < BATCH; ++i)
+            if (i == 0 || __shfl_sync(~0u, rows[i], 0) < s.rows) stage_octet<G, BF16>(s, v[i], rows[i], os[i], rows[i] < s.rows);
+        first = false;
     }
 }
 
@@ -315,32 +336,48 @@ template <int B> struct FactorUnit {
 
 // ---- the order of records -----------------------------------------------------------------------------------------
 
-// Walks a warp's records: columns warp, warp + WARPS, ... of every `stride`-th row block.
-template <int WARPS, int NT, int MODE> struct Cursor {
-    int slot, row_block, record, warp, stride;
+// How far a step goes: whole matrices, and the rest in row blocks (GATE_UP) or in records of a row block (DOWN). Known
+// beforehand, because small matrices are many to a step: carrying over one by one took half of all instructions.
+template <int WARPS, int MODE> struct Steps {
+    int first_slot, first, slots, rest;
 
-    __device__ Cursor(int first, int stride, int warp) : slot(0), row_block(first), record(warp), warp(warp), stride(stride) {}
-    __device__ void settle(const Arguments& p, int count) {  // carries an overflow into the next slot
-        if constexpr (MODE == GATE_UP)
-            while (row_block >= p.row_blocks && slot < count) row_block -= p.row_blocks, ++slot;
-        if constexpr (MODE == DOWN)
-            while (record >= p.records && slot < count) record -= p.records, ++slot;
+    __device__ Steps(const Arguments& p, int row_block, int stride, int warp) {
+        const int from = MODE == GATE_UP ? row_block : warp, step = MODE == GATE_UP ? stride : WARPS;
+        const int size = MODE == GATE_UP ? p.row_blocks : p.records;
+        first_slot = from / size, first = from - first_slot * size;
+        slots = step / size, rest = step - slots * size;
     }
+};
+
+// Walks a warp's records: columns warp, warp + WARPS, ... of every `stride`-th row block.
+template <int WARPS, int MODE> struct Cursor {
+    int slot, row_block, record;
+
+    __device__ Cursor(const Steps<WARPS, MODE>& steps, int row_block, int warp)
+        : slot(MODE == DENSE ? 0 : steps.first_slot), row_block(MODE == GATE_UP ? steps.first : row_block),
+          record(MODE == DOWN ? steps.first : warp) {}
     // Whether that ends a row of records.
-    __device__ bool next_record(const Arguments& p, int count) {
-        record += WARPS;
-        if (record < p.records) return false;
-        if constexpr (MODE == DOWN) settle(p, count);
-        return true;
+    __device__ bool next_record(const Arguments& p, const Steps<WARPS, MODE>& steps) {
+        record += MODE == DOWN ? steps.rest : WARPS;
+        if constexpr (MODE == DOWN) {
+            slot += steps.slots;
+            if (record >= p.records) record -= p.records, ++slot;
+            return true;
+        }
+        return record >= p.records;
     }
     __device__ bool at_end_of_row(const Arguments& p, int count) const {
         return MODE == DOWN ? slot >= count : record >= p.records;
     }
-    __device__ void next_row(const Arguments& p, int count) {
-        row_block += stride;
-        record = warp;
-        if constexpr (MODE == DOWN) slot = 0;
-        settle(p, count);
+    __device__ void next_row(const Arguments& p, const Steps<WARPS, MODE>& steps, int stride, int warp) {
+        if constexpr (MODE == GATE_UP) {
+            slot += steps.slots, row_block += steps.rest;
+            if (row_block >= p.row_blocks) row_block -= p.row_blocks, ++slot;
+        } else {
+            row_block += stride;
+        }
+        if constexpr (MODE == DOWN) slot = steps.first_slot;
+        record = MODE == DOWN ? steps.first : warp;
     }
     __device__ bool done(const Arguments& p, int count) const {
         return MODE == GATE_UP ? slot >= count : row_block >= p.row_blocks;
@@ -411,7 +448,7 @@ __device__ void finish_row(const Arguments& p, const Active<NT>& active, const f
         if constexpr (MODE == GATE_UP) {  // rows 0..7 are gate, 8..15 up
             const float up = __shfl_down_sync(NT == 1 ? 0xffffu : ~0u, sum, 8, 16);
             const int n = row_block * 8 + row, pair = active.pair[slot][column];
-            if (row < 8 && pair >= 0 && n < p.n) p.y[pair * p.n + n] = round16<BF16>(sum / (1.f + __expf(-sum)) * up);
+            if (row < 8 && pair >= 0 && n < p.n) p.y[pair * p.n + n] = round16<BF16>(silu(sum) * up);
         } else {
             const int n = row_block * ROWS + row;
             if (n < p.n && column < p.tokens) {
@@ -513,12 +550,13 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     const int count = active.count;
 
     // the first row blocks go to different multiprocessors
-    Cursor<WARPS, NT, MODE> ahead(blockIdx.x + group * gridDim.x, gridDim.x * GROUPS, warp), here = ahead;
-    ahead.settle(p, count), here.settle(p, count);
+    const int first = blockIdx.x + group * gridDim.x, stride = gridDim.x * GROUPS;
+    const Steps<WARPS, MODE> steps(p, first, stride, warp);
+    Cursor<WARPS, MODE> ahead(steps, first, warp), here = ahead;
     const u8* row = nullptr;  // of records that `ahead` is in; null at the end
     u32 size = 0;
     auto find_row = [&] {
-        while (!ahead.done(p, count) && ahead.at_end_of_row(p, count)) ahead.next_row(p, count);
+        while (!ahead.done(p, count) && ahead.at_end_of_row(p, count)) ahead.next_row(p, steps, stride, warp);
         row = nullptr;
         if (ahead.done(p, count)) return;
         const Expert& e = active.expert[ahead.slot];
@@ -528,7 +566,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     auto fetch_next = [&] {
         if (!row) return ring.nothing();
         ring.fetch(row + ahead.record * (4 * size), size, policy, lane);
-        if (ahead.next_record(p, count)) find_row();
+        if (ahead.next_record(p, steps)) find_row();
     };
     find_row();
     // row blocks of t go to groups that have fewer of their own
@@ -592,7 +630,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
                 multiply<FB, U, UNIT, SEGMENTS>(y, ring.head(), x_of(slot, record), sums_of(slot, record), lane);
                 ring.release();
             }
-            item += gridDim.x * GROUPS;
+            item += stride;
             fetch_first();
             put_part<NT>(parts[turn % 2] + warp * PARTS * ROWS, y, lane);
             named_barrier(1 + group, WARPS * WARP);
@@ -635,7 +673,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             else
 #pragma unroll
                 for (int i = 0; i < 2; ++i) y[i] = MODE == DOWN ? fmaf(active.weight[here.slot][0], part[i], y[i]) : y[i] + part[i];
-            here.next_record(p, count);
+            here.next_record(p, steps);
         }
         if constexpr (FACTORS) {
             for (bool loaded = true; compensated < count; compensated += MODE == GATE_UP ? count : WARPS, loaded = false) {
@@ -661,7 +699,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         named_barrier(1 + group, WARPS * WARP);
         if (storing() < STORING)
             finish_row<BF16, NT, PARTS, MODE, WARPS, STORING>(p, active, parts[turn % 2], row_slot, row_block, storing(), lane);
-        here.next_row(p, count);
+        here.next_row(p, steps, stride, warp);
     }
     if constexpr (FACTORS) {  // the last block to end leaves the counters as it found them
         __syncthreads();

@@ -365,7 +365,7 @@ __device__ __forceinline__ void store_rows(const Arguments& p, const Work& work,
             float* c = acc + 4 * i;
             const u32 to = corner + ((8 * i - first + lane % 8) * HALVES + (HALVES == 2 ? lane / 8 % 2 : 0)) * 16;
             if constexpr (MODE == GATE_UP) {
-                const u32 h = H::pack(c[0] / (1.f + __expf(-c[0])) * c[2], c[1] / (1.f + __expf(-c[1])) * c[3]);
+                const u32 h = H::pack(silu(c[0]) * c[2], silu(c[1]) * c[3]);
                 asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(to), "r"(h) : "memory");
             } else {
                 float w[2] = {1.f, 1.f};
