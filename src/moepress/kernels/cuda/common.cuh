@@ -254,6 +254,14 @@ __device__ __forceinline__ void tensor_copy(u32 to, const void* map, int x, int 
 __device__ __forceinline__ void copy16(u32 to, const void* from, bool real) {  // zeros where not real
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
 }
+// The same of 16, 4 or 1 bytes at addresses aligned to them; a single one is there at once.
+template <int BYTES> __device__ __forceinline__ void copy_piece(u8* to, const u8* from, bool real) {
+    if constexpr (BYTES == 16) copy16(shared_address(to), from, real);
+    else if constexpr (BYTES == 1) *to = real ? *from : u8(0);
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                     ::"r"(shared_address(to)), "l"(from), "n"(BYTES), "r"(real ? BYTES : 0) : "memory");
+}
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
