@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moepress.format.spec import BITS
-from moepress.kernels.cuda import compiler
+from moepress.kernels.cuda import compiler, pack
 from moepress.kernels.cuda.compiler import Request
 from moepress.kernels.cuda.select import SOURCE, select_instance
 from moepress.kernels.records import RecordLayout
@@ -51,8 +51,11 @@ def test_kernels_compile(every: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
     selectors = [select_instance(torch.bfloat16, 8, few) for few in (True, False)]
     selectors += [select_instance(torch.float16, projections, True) for projections in (1, 3, 32)]
     requests += [Request(SOURCE, instance, "sm_90a") for instance in selectors]
-    # what selectors and the decode body need is there from Ampere on
-    decode = [each for each in requests if each.source in ("gemv.cu", SOURCE)]
+    packed = [RecordLayout(64, columns, bits, 64) for bits in BITS for columns in COLUMNS.values()]
+    requests += [Request(pack.SOURCE, pack.pack_instance(each.bits, each), "sm_90a") for each in packed]
+    requests += [Request(pack.SOURCE, pack.pack_instance(8, each), "sm_90a") for each in packed if each.bits in (3, 4)]
+    # what selectors, packing and the decode body need is there from Ampere on
+    decode = [each for each in requests if each.source in ("gemv.cu", SOURCE, pack.SOURCE)]
     requests += [replace(each, arch=arch) for each in decode for arch in ("sm_80", "sm_89")]
     chosen = requests[::every]
     done = compiler.warm(chosen)

@@ -14,7 +14,7 @@ from moepress.errors import KernelError
 from moepress.format.spec import WeightSpec
 from moepress.kernels import registry
 from moepress.kernels.banks import describe, parse
-from moepress.kernels.problem import EXPERTS, LINEAR, SELECTOR, Problem
+from moepress.kernels.problem import EXPERTS, LINEAR, PACKING, SELECTOR, Problem
 from moepress.kernels.records import RecordLayout
 from moepress.kernels.registry import CUDA, REFERENCE, TRITON, Row, explain, select
 from stand_in import Kernels, stand_in
@@ -65,7 +65,7 @@ def test_on_the_cpu_the_reference_runs_and_nothing_is_said(op: str) -> None:
     assert "need a CUDA device, and this layer is on cpu" in cuda.reason and reference.reason == ""
 
 
-@pytest.mark.parametrize("op", [LINEAR, EXPERTS])
+@pytest.mark.parametrize("op", [LINEAR, EXPERTS, SELECTOR, PACKING])
 def test_every_operation_has_a_reference_at_the_end(op: str) -> None:
     rows = [row for row in registry.ROWS if row.op == op]
     assert rows[-1].name == REFERENCE and rows[-1].why_not(problem(op)) is None
@@ -115,6 +115,20 @@ def test_different_widths_and_compensators_are_no_obstacle(kernels: Kernels) -> 
     assert select(problem(LINEAR, GPU, compensated=(ranked(9, 16),))) == CUDA
     ranks = {"compensated": (ranked(8), ranked(21)), "compensated_down": (ranked(32, 8),)}
     assert select(problem(EXPERTS, GPU, **ranks)) == CUDA
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
+def test_packing_is_not_for_hopper_alone(
+    capability: tuple[int, int], kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if capability >= (8, 0):
+        assert select(problem(PACKING, GPU)) == CUDA
+    else:
+        with pytest.warns(UserWarning, match=r"packing in plain torch .* capability 8\.0 and later, and cuda has 7\.5"):
+            assert select(problem(PACKING, GPU)) == REFERENCE
+    monkeypatch.setenv(registry.OVERRIDE, REFERENCE)
+    assert select(problem(PACKING, GPU)) == REFERENCE
 
 
 @given(reasons=st.lists(st.one_of(st.none(), st.text("abc ", min_size=1)), min_size=1, max_size=6))

@@ -30,7 +30,8 @@ from torch.nn.functional import pad
 from moepress.format.packing import unpack_codes
 from moepress.format.spec import FACTOR_GROUP, WeightSpec
 from moepress.format.weight import Parts
-from moepress.kernels.records import Base, RecordLayout, interleave, interleaved_rows, pack_records
+from moepress.kernels.packing import pack_codes
+from moepress.kernels.records import Base, RecordLayout, interleave, interleaved_rows
 
 LEAST = 8
 """Kernels take columns by eights."""
@@ -95,14 +96,14 @@ class FactorShape:
     def pack(self, halves: Sequence[Parts], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Stored parts of the factors, of `rank` each, for each half -> uint8 records of v and u [..., *layout.shape].
 
-        Errors of `pack_records`.
+        Errors of `pack_codes`.
         """
         assert len(halves) == self.halves, f"{self.halves} weights are multiplied at once, got {len(halves)}"
         v_layout, u_layout = self.layouts
         v = (torch.cat(alike, -2) for alike in zip(*(self._v(parts, rank) for parts in halves), strict=True))
         each = [self._u(parts, rank, half) for half, parts in enumerate(halves)]
         u = each[0] if self.halves == 1 else (interleave(*alike) for alike in zip(*each, strict=True))
-        return pack_records(*v, v_layout), pack_records(*u, u_layout)
+        return pack_codes(*v, v_layout), pack_codes(*u, u_layout)
 
     def _v(self, parts: Parts, rank: int) -> Base:
         """v of one half, padded to R rows."""

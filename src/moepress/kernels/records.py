@@ -153,13 +153,9 @@ def pack_records(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, l
 
     AssertionError for other dtypes and shapes, ValueError for a code that does not fit into the layout's bits.
     """
-    lead = codes.shape[:-2]
-    _check("codes", codes, torch.uint8, (*lead, layout.rows, layout.columns))
-    _check("scale", scale, torch.float16, (*lead, layout.rows, layout.groups))
-    _check("zero", zero, torch.float16, (*lead, layout.rows, layout.groups))
+    lead, flat = check_base(codes, scale, zero, layout)
     if layout.bits < 8 and codes.numel() and (largest := int(codes.max())) >= 2**layout.bits:
         raise ValueError(f"code {largest} does not fit into {layout.bits} bits")
-    flat = [_flatten_lead(x) for x in (codes, scale, zero)]
 
     def chunk(experts: slice, blocks: slice) -> Base:
         rows = slice(TILE_ROWS * blocks.start, TILE_ROWS * blocks.stop)
@@ -176,7 +172,7 @@ def pack_parts(parts: Parts, spec: WeightSpec, out_features: int, in_features: i
     of this spec and shape.
     """
     layout = RecordLayout(out_features, in_features, spec.bits, spec.group_size)
-    lead, flat = _stored(parts, spec, out_features, in_features)
+    lead, flat = check_parts(parts, spec, out_features, in_features)
 
     def chunk(experts: slice, blocks: slice) -> Base:
         return _unpack_rows(flat, experts, slice(TILE_ROWS * blocks.start, TILE_ROWS * blocks.stop), layout)
@@ -191,8 +187,8 @@ def pack_gate_up(gate: Parts, up: Parts, spec: WeightSpec, out_features: int, in
     in `pack_parts`.
     """
     layout = RecordLayout(interleaved_rows(out_features), in_features, spec.bits, spec.group_size)
-    lead, flat_gate = _stored(gate, spec, out_features, in_features)
-    up_lead, flat_up = _stored(up, spec, out_features, in_features)
+    lead, flat_gate = check_parts(gate, spec, out_features, in_features)
+    up_lead, flat_up = check_parts(up, spec, out_features, in_features)
     assert lead == up_lead, f"gate and up have different leading dimensions: {tuple(lead)} and {tuple(up_lead)}"
 
     def chunk(experts: slice, blocks: slice) -> Base:
@@ -260,6 +256,28 @@ def deinterleave(x: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     tiles = x.unflatten(-2, (-1, 2, TILE_ROWS // 2))
     gate, up = (half.flatten(-3, -2)[..., :n, :] for half in tiles.unbind(-3))
     return gate, up
+
+
+def check_base(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, layout: RecordLayout
+) -> tuple[torch.Size, Base]:
+    """The leading dimensions, and the tensors with these made one. AssertionError where they are not the layout's."""
+    lead = codes.shape[:-2]
+    _check("codes", codes, torch.uint8, (*lead, layout.rows, layout.columns))
+    _check("scale", scale, torch.float16, (*lead, layout.rows, layout.groups))
+    _check("zero", zero, torch.float16, (*lead, layout.rows, layout.groups))
+    return lead, (_flatten_lead(codes), _flatten_lead(scale), _flatten_lead(zero))
+
+
+def check_parts(parts: Parts, spec: WeightSpec, rows: int, columns: int) -> tuple[torch.Size, Base]:
+    """The same of stored parts, codes packed. AssertionError where they are not those of the format."""
+    packed, scale, zero = (parts[name] for name in ("packed", "scale", "zero"))
+    lead = packed.shape[:-2]
+    groups = math.ceil(columns / spec.group_size)
+    _check("packed", packed, torch.uint8, (*lead, rows, packed_bytes(columns, spec.bits)))
+    _check("scale", scale, torch.float16, (*lead, rows, groups))
+    _check("zero", zero, torch.float16, (*lead, rows, groups))
+    return lead, (_flatten_lead(packed), _flatten_lead(scale), _flatten_lead(zero))
 
 
 class _Field(NamedTuple):
@@ -375,17 +393,7 @@ def _viewed(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return stored.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
-def _stored(parts: Parts, spec: WeightSpec, rows: int, columns: int) -> tuple[torch.Size, list[torch.Tensor]]:
-    """The leading dimensions, and packed, scale and zero with these made one, checked against the format."""
-    lead = parts["packed"].shape[:-2]
-    groups = math.ceil(columns / spec.group_size)
-    _check("packed", parts["packed"], torch.uint8, (*lead, rows, packed_bytes(columns, spec.bits)))
-    _check("scale", parts["scale"], torch.float16, (*lead, rows, groups))
-    _check("zero", parts["zero"], torch.float16, (*lead, rows, groups))
-    return lead, [_flatten_lead(parts[name]) for name in ("packed", "scale", "zero")]
-
-
-def _unpack_rows(flat: list[torch.Tensor], experts: slice, rows: slice, layout: RecordLayout) -> Base:
+def _unpack_rows(flat: Base, experts: slice, rows: slice, layout: RecordLayout) -> Base:
     packed, scale, zero = (x[experts, rows] for x in flat)
     return unpack_codes(packed, layout.bits, layout.columns), scale, zero
 

@@ -16,11 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moepress.errors import KernelError
+from moepress.kernels import packing
 from moepress.kernels.experts import cuda as experts_cuda
 from moepress.kernels.experts import triton as experts_triton
 from moepress.kernels.linear import cuda as linear_cuda
 from moepress.kernels.linear import triton as linear_triton
-from moepress.kernels.problem import EXPERTS, LINEAR, SELECTOR, Problem
+from moepress.kernels.problem import EXPERTS, LINEAR, PACKING, SELECTOR, Problem
 from moepress.kernels.selector import cuda as selector_cuda
 
 CUDA, TRITON, REFERENCE = "cuda", "triton", "reference"
@@ -79,6 +80,8 @@ ROWS = (
     Row(EXPERTS, REFERENCE, _always),
     Row(SELECTOR, CUDA, _selector),
     Row(SELECTOR, REFERENCE, _always),
+    Row(PACKING, CUDA, packing.why_not),
+    Row(PACKING, REFERENCE, _always),
 )
 
 

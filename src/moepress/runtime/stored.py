@@ -17,14 +17,8 @@ from moepress.errors import KernelError
 from moepress.format.packing import pack_codes
 from moepress.format.spec import WeightSpec
 from moepress.format.weight import Parts
-from moepress.kernels.records import (
-    RecordLayout,
-    deinterleave,
-    interleaved_rows,
-    pack_gate_up,
-    pack_parts,
-    unpack_records,
-)
+from moepress.kernels.packing import pack_gate_up, pack_parts
+from moepress.kernels.records import RecordLayout, deinterleave, interleaved_rows, unpack_records
 
 DTYPES = {"U8": torch.uint8, "F16": torch.float16}
 BASE = ("packed", "scale", "zero")
