@@ -52,7 +52,7 @@ def test_a_tile_fits_any_factors(rank: int, side: int, bits: int, each: float, i
     shape = (rank, 8 * side) if is_v else (8 * side, rank)
     tiles = choose.factor_tiles(choose.Bank((RecordLayout(*shape, bits, 64),)), each)
     some_tile_fits(choose.Bank((RecordLayout(*shape, bits, 64),)), tuple(tiles[:1]))
-    assert not any(tile.scales_after for tile in tiles), "nobody takes the sums of their inputs"
+    assert not any(tile.takes_bytes for tile in tiles), "nobody makes bytes of their inputs"
 
 
 @given(bank=banks(), each=st.floats(0.01, 1000), experts=st.integers(1, 512), pairs=tokens, cores=processors)

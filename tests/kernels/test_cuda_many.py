@@ -202,14 +202,14 @@ def test_against_float64(case: Case) -> None:
 @by_case
 @pytest.mark.parametrize("tokens", [9, 180])
 def test_short_cuts_change_no_bit(case: Case, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Placing rows without a sort, and sums of the intermediate taken where it is made."""
+    """Placing rows without a sort, and bytes of the intermediate made where it is."""
     from moepress.kernels.cuda import choose, many
 
     layer, given = make(case), inputs(case, tokens, nobody=0.1)
     y = run(case, layer, *given)
     monkeypatch.setattr(many, "PLACE_PAIRS", 0)
     assert torch.equal(run(case, layer, *given), y)
-    monkeypatch.setattr(choose.Tile, "sums_results", False)
+    monkeypatch.setattr(choose.Tile, "makes_bytes", False)
     assert torch.equal(run(case, layer, *given), y)
 
 
@@ -223,14 +223,29 @@ def test_places_are_those_of_a_stable_sort(pairs: int, experts: int) -> None:
     generator = torch.Generator().manual_seed(pairs)
     ids = torch.randint(-1, experts + 1, (pairs, 1), generator=generator).cuda()
     x = torch.randn(pairs, 72, generator=generator).to("cuda", torch.bfloat16)
-    x_sorted, sums, route = many.sort_rows(x, ids, bank, wants_sums=True)
+    rows, route = many.sort_rows(x, ids, bank, plain=True, in_bytes=True)
     runs = (ids[:, 0] >= 0) & (ids[:, 0] < experts)
     order = torch.where(runs, ids[:, 0], experts).sort(stable=True).indices[: runs.sum()]
     assert torch.equal(route.pairs[: len(order)].long(), order)
     counts = torch.bincount(ids[runs, 0], minlength=experts)
     assert route.first.tolist() == [0, *counts.cumsum(0).tolist()]
-    assert torch.equal(x_sorted[: len(order), :72], x[order]) and not x_sorted[: len(order), 72:].any()
-    assert sums is not None
-    segments = torch.nn.functional.pad(x[order].float(), (0, 56)).unflatten(1, (-1, 32)).sum(-1)
-    found = sums[:, : len(order)].transpose(0, 1).flatten(1).unflatten(1, (-1, 2))[..., 0]
-    torch.testing.assert_close(found, segments, atol=1e-4, rtol=1e-4)
+    assert rows.plain is not None and rows.bytes is not None and rows.sums is not None
+    assert torch.equal(rows.plain[: len(order), :72], x[order]) and not rows.plain[: len(order), 72:].any()
+    columns = torch.nn.functional.pad(x[order].double(), (0, 56))
+    found, scales, sums = from_bytes(rows.bytes[: len(order)], rows.sums[:, : len(order)], 32)
+    assert ((found - columns).abs().unflatten(1, (-1, 32)) <= scales.unsqueeze(-1) / 2).all()
+    torch.testing.assert_close(sums, found.unflatten(1, (-1, 32)).sum(-1), atol=0, rtol=0)
+    largest = columns.abs().unflatten(1, (-1, 32)).amax(-1)
+    assert (scales <= largest.clamp(min=2.0**-113) * 2.0**-13).all(), "15 bits"
+
+
+def from_bytes(stored: torch.Tensor, sums: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Bytes [P, K] in a 16-bit type and sums [records, P, floats] -> x [P, K], scales and sums [P, segments]."""
+    rows, segment = len(stored), min(group, 64)
+    high, low = stored.contiguous().view(torch.int8).view(rows, -1, 2, 4, 4, 4).unbind(2)  # unit, t, n, byte
+    integers = high.double() * 256 + low.double()
+    # of byte b: octet 2 n + b % 2, column 2 t + b // 2
+    integers = integers.unflatten(-1, (2, 2)).permute(0, 1, 3, 5, 2, 4).reshape(rows, -1)
+    pairs = sums.double().transpose(0, 1).flatten(1).unflatten(1, (-1, 2))[:, : integers.shape[1] // segment]
+    scales, totals = pairs.unbind(-1)
+    return (integers.unflatten(1, (-1, segment)) * scales.unsqueeze(-1)).flatten(1), scales, scales * totals

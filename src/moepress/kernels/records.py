@@ -28,8 +28,8 @@ padded to 64 and columns to 64 (only U = 1 ever pads) with codes 0; padded rows,
 padding, have scale 0 and zero 0. The padded columns of a short last group do have its scale and zero: a kernel must
 multiply them by zeros. Where a group is wider than a record (128 and 64 columns), both of its records have it.
 
-Storing weights in fragment order is MARLIN's idea (Frantar et al., arXiv 2408.11743), there for 4 bits. The 3-bit words,
-32 codes in 3 of which only g, h, G and H are in pieces, are ours.
+Storing weights in fragment order is MARLIN's idea (Frantar et al., arXiv 2408.11743), there for 4 bits. The 3-bit
+words, 32 codes in 3 of which only g, h, G and H are in pieces, are ours.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 """Which instance of which kernel runs a problem, and with how much shared memory. Pure arithmetic.
 
 The rules come from measurements on an H200 (docs/LOG.md): warps that share a row block, and how many tokens make a
-tile. A tile of 8 tokens multiplies plain codes; wider ones multiply scaled weights, and 128 has two row tiles a
-warpgroup.
+tile. A tile of 8 tokens multiplies bytes; wider ones multiply scaled weights, and from 80 on a warpgroup has two row
+tiles.
 """
 
 from __future__ import annotations
@@ -63,18 +63,13 @@ class Bank:
 
     @property
     def segments(self) -> int:
-        """Sums of x a unit."""
+        """Scales and sums of x a unit."""
         return 2 if self.any.group_size == 32 else 1
 
     @property
-    def sum_floats(self) -> int:
-        """Floats of a segment's sums."""
-        return 2 if self.uniform_bits else 8
-
-    @property
     def record_sums(self) -> int:
-        """Floats of a token's sums of one record; copies take multiples of 16 bytes."""
-        return max(4, self.any.units * self.segments * self.sum_floats)
+        """Floats of a token's scales and sums of one record; copies take multiples of 16 bytes."""
+        return max(4, 2 * self.any.units * self.segments)
 
     @property
     def template(self) -> str:
@@ -168,14 +163,14 @@ class Tile:
         return BLOCKS * self.row_tiles * self.row_groups
 
     @property
-    def scales_after(self) -> bool:
-        """Whether products of plain codes are scaled, which takes the sums of x."""
-        return self.tokens <= 16 and self.row_tiles == 1
+    def takes_bytes(self) -> bool:
+        """Whether x is multiplied as bytes (bytes.cuh)."""
+        return self.tokens == 8 and self.row_tiles == 1
 
     @property
-    def sums_results(self) -> bool:
-        """Whether a tile of gate and up can take the sums of its results: it has whole units of 64 of them."""
-        return self.scales_after and self.row_blocks % 8 == 0
+    def makes_bytes(self) -> bool:
+        """Whether a tile of gate and up can make bytes of its results: it has whole units of 64 of them."""
+        return self.takes_bytes and self.row_blocks % 8 == 0
 
     @property
     def threads(self) -> int:
@@ -190,7 +185,7 @@ class Tile:
         """Shared bytes of one stage of the ring, as `Config` in grouped.cu has it."""
         layout, columns = bank.any, self.column_groups
         used = columns * (128 * layout.units * self.tokens + self.row_blocks * bank.record_bytes)
-        if self.scales_after:
+        if self.takes_bytes:
             used = _up(used, 128) + 4 * columns * self.tokens * bank.record_sums
         return _up(used, 1024)
 
@@ -214,7 +209,7 @@ def expert_tiles(bank: Bank, tokens_each: float) -> Sequence[Tile]:
 def factor_tiles(bank: Bank, tokens_each: float) -> Sequence[Tile]:
     """The same for factors of experts' compensators: v has few rows and long ones, u many and short.
 
-    None scales after: that would take sums of x of its own for v, whose width is not that of the weights.
+    None takes bytes: then x and the intermediate stay in 16 bits for compensators alone.
     """
     if bank.any.rows < bank.any.columns:
         tiles = [Tile(32, 1, 1, columns) for columns in (4, 2)]  # warpgroups for all columns: there are few tiles

@@ -2,11 +2,9 @@
 // y = x W^T for one token, or up to eight, at the speed of W's bytes: dense layers, and the experts those tokens chose.
 //
 // A warp streams whole records through its own ring of shared memory and multiplies them on the tensor cores with W as
-// the A operand. Codes stay integers, four to a register, which takes half the logic that numbers of 16 bits take, and so
-// x becomes integers too: of each segment that shares a scale, 15 bits below a power of two, as two bytes that are two
-// columns of B (ours; W in the order of fragments is MARLIN's idea). Sums of products are exact; scale and zero come after,
-// (sum(q x) - zero sum(x)) scale. Elements within 1/64 of a segment's largest are exact, the others lose less than 2^-15
-// of it: far below what storing y in 16 bits costs.
+// the A operand. Codes stay integers, four to a register, which takes half the logic that numbers of 16 bits take; x becomes
+// two bytes (bytes.cuh), which are two columns of B. Scale and zero come after. (W in the order of fragments is MARLIN's
+// idea, the rest ours.)
 // The warps of a block share the columns of a row block and add up in their order, so results do not depend on the grid
 // and repeat bitwise.
 //
@@ -15,7 +13,7 @@
 // Compensators W + u v: some groups first multiply v and publish t = v x; at the end of each row block a warp adds u t, for
 // which it waits until t is complete. Row blocks of v go to the first blocks, which start first: nobody waits for a block
 // that waits for a free multiprocessor.
-#include "sums.cuh"
+#include "bytes.cuh"
 
 struct Arguments {
     const u16* x;           // DENSE, GATE_UP [tokens, k], DOWN [tokens * slots, k]
@@ -157,58 +155,21 @@ struct Staged {
     int rows, words, row_sums, units;  // words and sums from row to row
 };
 
-// A float32 whose last place is worth 1: what is added to it lies, as an integer, in its lower bits.
-constexpr float INTEGERS = 12582912.f;
-
-// Octet `o` of a row as bytes. The lane with t = 0..3 of a fragment has columns 2 t, 2 t + 1 of each octet, 64 bytes of high
-// bytes a unit and 64 of low ones, in four words a lane: {even octet, odd octet} x {2 t, 2 t + 1}. Neighbours swap halves,
-// so that each has whole words. All lanes.
+// Octet `o` of a row. All lanes.
 template <int G, bool BF16>
 __device__ __forceinline__ void stage_octet(const Staged& s, const u32 (&octet)[4], int row, int o, bool inside) {
-    constexpr int SPAN = G == 32 ? 4 : 8;
-    float x[8];
-    u32 pairs = 0;  // without their signs numbers are in the order of their bits
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-        x[2 * t] = Half<BF16>::lo(octet[t]), x[2 * t + 1] = Half<BF16>::hi(octet[t]);
-        pairs = __vmaxu2(pairs, octet[t] & 0x7fff7fffu);
-    }
-#pragma unroll
-    for (int mask = 1; mask < SPAN; mask *= 2) pairs = __vmaxu2(pairs, __shfl_xor_sync(~0u, pairs, mask));
-    const u32 most = __float_as_uint(Half<BF16>::lo(max(pairs & 0xffffu, pairs >> 16)));
-    // a power of two that makes the largest at least 2^13 and less than 2^14
-    const u32 exponent = max(most >> 23, 14u);
-    const float to_integers = __uint_as_float((267u - exponent) << 23);
-    const float scale = __uint_as_float(exponent == 255 ? 0x7fc00000u : (exponent - 13u) << 23);  // infinity spoils all
-    u32 sum = 0;
-    u32 bytes[4];  // of two columns: low, low, high, high
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-        const u32 a = __float_as_uint(fmaf(x[2 * t], to_integers, INTEGERS));
-        const u32 b = __float_as_uint(fmaf(x[2 * t + 1], to_integers, INTEGERS));
-        sum += a + b;
-        bytes[t] = __byte_perm(a + 128, b + 128, 0x5140) ^ 0x00008080u;  // low bytes are signed, and carry into the high ones
-    }
-    sum -= 8 * __float_as_uint(INTEGERS);
-#pragma unroll
-    for (int mask = 1; mask < SPAN; mask *= 2) sum += __shfl_xor_sync(~0u, sum, mask);
-    const int pair = o % 8, odd = pair % 2;
-    u32 own[2], other[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        own[i] = odd ? bytes[2 + i] : bytes[i];
-        other[i] = __shfl_xor_sync(~0u, odd ? bytes[i] : bytes[2 + i], 1);
-    }
+    Bytes bytes;
+    bytes.make<G, BF16>(octet, o % 8);
     if (!inside) return;
-    u32* to = s.x + row * s.words + o / 8 * 32 + pair / 2;
+    u32* to = s.x + row * s.words + o / 8 * UNIT_WORDS;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const u32 even = odd ? other[i] : own[i], second = odd ? own[i] : other[i];
-        to[(2 * odd + i) * 4] = __byte_perm(even, second, 0x7362);
-        to[16 + (2 * odd + i) * 4] = __byte_perm(even, second, 0x5140);
+        to[Bytes::at(o % 8, i)] = bytes.high[i];
+        to[Bytes::at(o % 8, i) + 16] = bytes.low[i];
     }
-    if (pair % SPAN == 0)
-        *reinterpret_cast<float2*>(s.sums + row * s.row_sums + (o / SPAN) * 2) = make_float2(scale, float(int(sum)));
+    if (Bytes::has_sums<G>(o % 8))
+        *reinterpret_cast<float2*>(s.sums + row * s.row_sums + o / (G == 32 ? 4 : 8) * SUM_FLOATS) =
+            make_float2(bytes.scale, bytes.sum);
 }
 
 // All threads take part; a thread asks for several octets of columns before it uses the first, because each takes most of
@@ -528,7 +489,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     Staged s;
     s.units = p.records * U;
     s.rows = MODE == DOWN ? pairs : p.tokens;
-    s.words = s.units * 32;
+    s.words = s.units * UNIT_WORDS;
     // padding, so that tokens' sums meet no bank twice
     s.row_sums = s.units * SEGMENTS * 2 + (NT > 1 ? 2 : 0);
     s.x = reinterpret_cast<u32*>(bars + WARPS * GROUPS * p.stages);

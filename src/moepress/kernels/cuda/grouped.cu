@@ -6,20 +6,21 @@
 // stages full by bulk copies: records as they lie, tokens' rows, sorted by expert beforehand, into the swizzled tile that
 // wgmma reads. While the tensor cores work on one unit the next one is unpacked. Where rows alone cannot fill the GPU, KW
 // warpgroups share the columns and add up in their order.
-#include "sums.cuh"
+#include "bytes.cuh"
 #include "wgmma.cuh"
 
-// Sums of y's segments as `prepare_rows` takes them, for a product after this one that scales after.
-struct NextSums {
-    float* to;     // [records][pairs][floats]; null: not needed
-    int bits;      // word width of all of that product's matrices, 0 where they differ
-    int units;     // of its records
-    int segments;  // of its units
+// y as bytes, as `prepare_rows` makes them, for a product after this one that multiplies bytes.
+struct NextBytes {
+    u32* bytes;    // [pairs][units][UNIT_WORDS]; null: not needed
+    float* sums;   // [records][pairs][floats]
+    int units;     // of a row
+    int record_units;
+    int segments;  // of a unit
     int floats;    // of a record and token
 };
 
 struct Arguments {
-    u16* y;                 // DENSE [tokens, n]; GATE_UP [pairs, n], PLAIN [pairs, splits * n] in sorted order; DOWN
+    u16* y;                 // DENSE [tokens, n]; GATE_UP [pairs, n] or null, PLAIN [pairs, splits * n] in sorted order; DOWN
                             // [tokens * slots, n]
     const u16* bias;        // DENSE [n] or null
     Bank bank;              // PLAIN: experts without records are left out, and their rows of y as they are
@@ -28,7 +29,7 @@ struct Arguments {
     const void* weights;    // DOWN [tokens * slots], float32 where weights_wide, else as x
     const u16* addend;      // GATE_UP [pairs, rows of W], before SiLU; DOWN [pairs, n], before weights; or null
     const Expert* added_to;  // experts without records here have no addend; null: all have
-    NextSums next;          // GATE_UP
+    NextBytes next;         // GATE_UP
     int weights_wide;
     int tokens, slots, num_experts;
     int n, ld;              // columns of y and elements from row to row; GATE_UP: the intermediate size, half of W's rows
@@ -42,7 +43,8 @@ struct Arguments {
 constexpr int MAX_EXPERTS = 512;
 
 // Tensor maps of the activations, DENSE of the tokens, else of the sorted pairs: x as [units][rows][64] in boxes of
-// [KW * U, NT or NARROW, 64] with 128-byte swizzle, and its sums as [records][rows][..] in boxes of [KW, NT, ..].
+// [KW * U, NT or NARROW, 64] with 128-byte swizzle, and for tiles of 8 tokens the same of x's bytes, and their sums as
+// [records][rows][..] in boxes of [KW, NT, ..].
 struct alignas(64) TensorMap {
     u8 opaque[128];
 };
@@ -151,18 +153,17 @@ template <int B, int U, int G, bool BF16, int NT, int MI, int WGS, int KW> struc
     static constexpr int THREADS = CONSUMERS + (MANY_REGISTERS ? 128 : WARP);
     static constexpr int X_BYTES = KW * U * NT * 128;         // of a stage
     static constexpr bool DOUBLE = U * MI % 2 == 0;
-    // Up to 16 columns it is cheaper to scale a group's products than its weights.
-    static constexpr bool SCALE_AFTER = NT <= 16 && MI == 1;
+    // Up to 8 tokens codes are multiplied as bytes and their sums scaled; with more it is cheaper to scale the weights.
+    static constexpr bool BYTES = NT == 8 && MI == 1;
     static constexpr int H_UNITS = ROW_BLOCKS / 8;            // units of the intermediate that a tile of GATE_UP has
-    static __device__ __host__ constexpr int sum_bytes(int floats) {  // of one token and record
-        return U * Record<U, G>::SEGMENTS * floats * 4 > 16 ? U * Record<U, G>::SEGMENTS * floats * 4 : 16;
-    }
+    static constexpr int SEGMENTS = U * Record<U, G>::SEGMENTS;
+    static constexpr int SUM_BYTES = 4 * SUM_FLOATS * (SEGMENTS > 2 ? SEGMENTS : 2);  // of one token and record
     // A stage: x [KW * U][NT][64], records [MI * WGS][KW][4], sums [KW][NT][..].
     static __device__ __host__ constexpr int sums_at(int max_b) {
         return (X_BYTES + KW * ROW_BLOCKS * Record<U, G>::bytes(max_b) + 127) / 128 * 128;
     }
-    static __device__ __host__ constexpr int stage_bytes(int max_b, int floats) {
-        return (sums_at(max_b) + (SCALE_AFTER ? KW * NT * sum_bytes(floats) : 0) + 1023) / 1024 * 1024;
+    static __device__ __host__ constexpr int stage_bytes(int max_b) {
+        return (sums_at(max_b) + (BYTES ? KW * NT * SUM_BYTES : 0) + 1023) / 1024 * 1024;
     }
 };
 
@@ -213,77 +214,64 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], u32 stages_a
     if (held >= 0 && lane == 0) mbarrier_arrive(bars + 16 * held + 8);
 }
 
-// The same for few tokens: products of the plain codes, a group at a time, then scale and zero on the sums.
-template <int B, int U, int G, bool BF16, int NT, int MI, int WGS, int KW, int FLOATS, int SUMS_AT>
-__device__ __forceinline__ void accumulate_codes(float (&acc)[MI][NT / 2], u32 stages_at, u32 stage_bytes, u32 bars, int stages,
-                                                 int& stage, u32& phase, int records, int wg, int kw, int lane, int warp) {
-    using C = Config<B, U, G, BF16, NT, MI, WGS, KW>;
-    constexpr int M = Record<U, G>::GROUPS, SEGMENTS = Record<U, G>::SEGMENTS, STEPS = U * SEGMENTS, J = 4 / SEGMENTS;
+// The same for up to 8 tokens, in bytes and with the warp's own products. Columns of the first product are high bytes of
+// even tokens and low bytes of odd ones, of the second the others: so lanes meet all banks.
+template <int B, int U, int G, int WGS, int KW, typename C>
+__device__ __forceinline__ void accumulate_bytes(float (&acc)[1][4], u32 stages_at, u32 stage_bytes, u32 sums_at, u32 bars,
+                                                 int stages, int& stage, u32& phase, int records, int wg, int kw, int lane,
+                                                 int warp) {
+    constexpr int M = Record<U, G>::GROUPS, SEGMENTS = Record<U, G>::SEGMENTS, TOKENS = 8;
     constexpr u32 SIZE = Record<U, G>::bytes(B);
-    const int base_at = Sums<FLOATS == 2 ? B : 0>::base_at(B);
+    const int g = lane / 4, t = lane % 4;
+    u32 chunk[2];  // the lane's 16 bytes of a row of 128, of which chunk c of row r lies at c ^ r
+#pragma unroll
+    for (int i = 0; i < 2; ++i) chunk[i] = g * 128 + ((4 * (i ^ g % 2) + t) ^ g) * 16;
     for (int record = 0; record < records; record += KW) {
         mbarrier_wait(bars + 16 * stage, phase);
         if (record + kw < records) {
-            const u32 at = stages_at + stage * stage_bytes, x = at + kw * U * NT * 128;
+            const u32 at = stages_at + stage * stage_bytes, x = at + kw * U * TOKENS * 128;
             const u32 w = at + C::X_BYTES + ((wg * KW + kw) * 4 + warp) * SIZE;
-            const u32 sums_lane = at + SUMS_AT + (kw * NT + 2 * (lane % 4)) * C::sum_bytes(FLOATS);
-            u32 words[U * B], a[2][16];
-            float part[2][NT / 2], sum[2][NT / 4], start[2][NT / 4];
-            auto apply = [&](int step) {
-                const int m = M == 1 ? 0 : step * M / STEPS;
-                u32 low[1], high[1];
-                load_shared<1>(low, w + 128 * U * B + 4 * (M * (lane / 4) + m));
-                load_shared<1>(high, w + 128 * U * B + 4 * (M * (lane / 4 + 8) + m));
-                const float s0 = Half<false>::lo(low[0]), z0 = Half<false>::hi(low[0]);
-                const float s1 = Half<false>::lo(high[0]), z1 = Half<false>::hi(high[0]);
+            const u32 sums = at + sums_at + (kw * TOKENS + 2 * t) * C::SUM_BYTES;
+            u32 words[U * B], low[M], high[M];
 #pragma unroll
-                for (int i = 0; i < NT / 8; ++i)
+            for (int c = 0; c < B; ++c)
+                load_shared<U>(reinterpret_cast<u32(&)[U]>(words[c * U]), w + c * 128 * U + lane * 4 * U);
+            load_shared<M>(low, w + 128 * U * B + 4 * M * g);
+            load_shared<M>(high, w + 128 * U * B + 4 * M * (g + 8));
 #pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        const float x_sum = sum[step % 2][2 * i + e], base = start[step % 2][2 * i + e];
-                        acc[0][4 * i + e] = fmaf(s0, part[step % 2][4 * i + e] + fmaf(-z0, x_sum, base), acc[0][4 * i + e]);
-                        acc[0][4 * i + 2 + e] =
-                            fmaf(s1, part[step % 2][4 * i + 2 + e] + fmaf(-z1, x_sum, base), acc[0][4 * i + 2 + e]);
-                    }
-            };
+            for (int u = 0; u < U; ++u) {
+                u32 a[8], b[2][4];
 #pragma unroll
-            for (int step = 0; step < STEPS; ++step) {
-                const int u = step / SEGMENTS, s = step % SEGMENTS;
-                if (s == 0) {
+                for (int i = 0; i < 2; ++i) load_shared<4>(b[i], x + u * TOKENS * 128 + chunk[i]);
+                unpack_bytes<B>(words + u * B, a);
 #pragma unroll
-                    for (int c = 0; c < B; ++c)
-                        if (c * U >= u * B && c * U < (u + 1) * B)
-                            load_shared<U>(reinterpret_cast<u32(&)[U]>(words[c * U]), w + c * 128 * U + lane * 4 * U);
-                    unpack<B, BF16>(words + u * B, a[u % 2]);
-                }
+                for (int s = 0; s < SEGMENTS; ++s) {
+                    int c[2][4];
 #pragma unroll
-                for (int i = 0; i < NT / 8; ++i)
+                    for (int i = 0; i < 2; ++i)
+#pragma unroll
+                        for (int j = s * 2 / SEGMENTS; j < (s + 1) * 2 / SEGMENTS; ++j)
+                            if (j == s * 2 / SEGMENTS) mma_bytes<false>(c[i], a + 4 * j, b[i][2 * j], b[i][2 * j + 1]);
+                            else mma_bytes<true>(c[i], a + 4 * j, b[i][2 * j], b[i][2 * j + 1]);
+                    const int m = M == 1 ? 0 : (u * SEGMENTS + s) * M / (U * SEGMENTS);
+                    const float scales[2] = {Half<false>::lo(low[m]), Half<false>::lo(high[m])};
+                    const float zeros[2] = {Half<false>::hi(low[m]), Half<false>::hi(high[m])};
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
-                        const u32 at = sums_lane + (8 * i + e) * C::sum_bytes(FLOATS) + step * 4 * FLOATS;
-                        float &x_sum = sum[step % 2][2 * i + e], &base = start[step % 2][2 * i + e];
-                        if constexpr (FLOATS == 2) {
-                            asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x_sum), "=f"(base) : "r"(at));
-                        } else {
-                            asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x_sum) : "r"(at));
-                            asm volatile("ld.shared.f32 %0, [%1];" : "=f"(base) : "r"(at + 4 * base_at));
+                        float scale, sum;
+                        asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];"
+                                     : "=f"(scale), "=f"(sum)
+                                     : "r"(sums + e * C::SUM_BYTES + (u * SEGMENTS + s) * 4 * SUM_FLOATS));
+#pragma unroll
+                        for (int r = 0; r < 2; ++r) {
+                            const float products = float(c[e][2 * r + e] * 256 + c[1 - e][2 * r + e]);
+                            acc[0][2 * r + e] = fmaf(scales[r] * scale, fmaf(-zeros[r], sum, products), acc[0][2 * r + e]);
                         }
                     }
-                wgmma_fence();
-                const u64 tile = swizzled_tile(x + u * NT * 128);
-#pragma unroll
-                for (int j = s * J; j < (s + 1) * J; ++j) {
-                    // starting from zero, not from `start`: writing accumulators between products makes the compiler wait
-                    // for every single one
-                    if (j == s * J) Wgmma<NT, BF16>::template run<false>(part[step % 2], a[u % 2] + 4 * j, tile + 2 * j);
-                    else Wgmma<NT, BF16>::run(part[step % 2], a[u % 2] + 4 * j, tile + 2 * j);
                 }
-                wgmma_commit();
-                if (step > 0) wgmma_wait<1>(), apply(step - 1);
             }
-            wgmma_wait<0>();
-            apply(STEPS - 1);
         }
+        __syncwarp();
         if (lane == 0) mbarrier_arrive(bars + 16 * stage + 8);
         if (++stage == stages) stage = 0, phase ^= 1;
     }
@@ -339,9 +327,9 @@ template <int NT, int MODE> struct Addend {
 
 // One warp's 16 rows of a tile. Lanes hold pairs of tokens and rows 8 apart; through a corner of shared memory, a row's
 // eight neighbours come together and leave as 16 bytes. (Two bytes at a time took half of the time of short K.) Where a
-// next product needs sums of them, `octets` [NT] gets each token's.
+// next product wants bytes, `octets` gets each token's eight, at a stride of eight of them.
 template <bool BF16, int NT, int MODE>
-__device__ __forceinline__ void store_rows(const Arguments& p, const Work& work, const Columns* columns, u32 corner, float* octets,
+__device__ __forceinline__ void store_rows(const Arguments& p, const Work& work, const Columns* columns, u32 corner, uint4* octets,
                                            bool adds, int row_block, float (&acc)[NT / 2], int lane) {
     using H = Half<BF16>;
     constexpr int CHUNK = NT < 32 ? NT : NT % 32 ? 16 : 32, HALVES = MODE == GATE_UP ? 1 : 2;  // 16-byte pieces of a token
@@ -382,65 +370,42 @@ __device__ __forceinline__ void store_rows(const Arguments& p, const Work& work,
 #pragma unroll
         for (int i = lane; i < CHUNK * HALVES; i += WARP) {
             const int column = first + i / HALVES, at = n + 8 * (i % HALVES);
-            float sum = 0.f;
-            if (column < work.tokens && at < p.n) {
-                u16* to = p.y + (u64)(MODE == DOWN ? columns[column].row : work.token + column) * p.ld + at;
-                if (MODE == PLAIN) to += work.split * p.n;
-                u32 x[4];
-                load_shared<4>(x, corner + 16 * i);
-                if (MODE == GATE_UP && octets) sum = sum_octet<BF16>(x);
-                if (p.ld % 8 == 0) {  // rows beyond n are padding up to ld, and zeros
-                    *reinterpret_cast<uint4*>(to) = make_uint4(x[0], x[1], x[2], x[3]);
-                } else {
+            u32 x[4];
+            load_shared<4>(x, corner + 16 * i);
+            const bool inside = column < work.tokens && at < p.n;
+            if (MODE == GATE_UP && octets) octets[8 * column] = inside ? make_uint4(x[0], x[1], x[2], x[3]) : make_uint4(0, 0, 0, 0);
+            if (!inside || (MODE == GATE_UP && !p.y)) continue;
+            u16* to = p.y + (u64)(MODE == DOWN ? columns[column].row : work.token + column) * p.ld + at;
+            if (MODE == PLAIN) to += work.split * p.n;
+            if (p.ld % 8 == 0) {  // rows beyond n are padding up to ld, and zeros
+                *reinterpret_cast<uint4*>(to) = make_uint4(x[0], x[1], x[2], x[3]);
+            } else {
 #pragma unroll
-                    for (int j = 0; j < 8; ++j)
-                        if (at + j < p.n) to[j] = u16(x[j / 2] >> (16 * (j % 2)));
-                }
+                for (int j = 0; j < 8; ++j)
+                    if (at + j < p.n) to[j] = u16(x[j / 2] >> (16 * (j % 2)));
             }
-            if (MODE == GATE_UP && octets) octets[column] = sum;
         }
         __syncwarp();
     }
 }
 
-// In the order of `segment_sums`, so that it does not matter to the last bit who took the sums.
-__device__ __forceinline__ float add_octets(const float (&o)[8]) {
-    return ((o[0] + o[1]) + (o[2] + o[3])) + ((o[4] + o[5]) + (o[6] + o[7]));
-}
-
-// -sum base x of a segment from the sums of its octets.
-template <int B, bool BF16> __device__ __forceinline__ float add_bases(const float (&octet)[8]) {
-    float scaled[8];
+// Bytes of the tile's results from their octets, [unit][token][octet]. Whole warps; a thread has an octet.
+template <int G, bool BF16, int NT, int UNITS>
+__device__ __forceinline__ void store_bytes(const Arguments& p, const Work& work, const uint4* octets, int thread) {
+    const NextBytes& next = p.next;
+    const int pair = thread % 8, token = thread / 8 % NT, unit = work.row_block / 8 + thread / 8 / NT;
+    const u32 octet[4] = {octets[thread].x, octets[thread].y, octets[thread].z, octets[thread].w};
+    Bytes bytes;
+    bytes.make<G, BF16>(octet, pair);
+    if (8 * unit >= p.row_blocks || token >= work.tokens) return;
+    const int row = work.token + token, record = unit / next.record_units;
+    u32* to = next.bytes + ((u64)row * next.units + unit) * UNIT_WORDS + Bytes::at(pair, 0);
 #pragma unroll
-    for (int pair = 0; pair < 8; ++pair) scaled[pair] = -base<B, BF16>(pair) * octet[pair];
-    return add_octets(scaled);
-}
-
-// The sums of the tile's results from those of their octets, [octet][NT]. A thread has a segment of a token.
-template <bool BF16, int NT, int UNITS>
-__device__ __forceinline__ void store_sums(const Arguments& p, const Work& work, const float* octets, int thread) {
-    const NextSums& next = p.next;
-    const int token = thread % NT, segment = thread / NT % next.segments, own = thread / NT / next.segments;
-    const int unit = work.row_block / 8 + own;
-    if (own >= UNITS || 8 * unit >= p.row_blocks || token >= work.tokens) return;
-    float octet[8];
-#pragma unroll
-    for (int pair = 0; pair < 8; ++pair)
-        octet[pair] = pair * next.segments / 8 == segment ? octets[(8 * own + pair) * NT + token] : 0.f;
-    const int record = unit / next.units, at = (unit - record * next.units) * next.segments + segment;
-    const int row = work.token + token, rows = p.tokens * p.slots;
-    float* to = next.to + ((u64)record * rows + row) * next.floats + at * (next.bits ? Sums<1>::FLOATS : Sums<0>::FLOATS);
-    to[0] = add_octets(octet);
-    switch (next.bits) {
-    case 1: to[1] = add_bases<1, BF16>(octet); break;
-    case 2: to[1] = add_bases<2, BF16>(octet); break;
-    case 3: to[1] = add_bases<3, BF16>(octet); break;
-    case 4: to[1] = add_bases<4, BF16>(octet); break;
-    case 8: to[1] = add_bases<8, BF16>(octet); break;
-    default:
-        to[1] = add_bases<1, BF16>(octet), to[2] = add_bases<2, BF16>(octet), to[3] = add_bases<3, BF16>(octet);
-        to[4] = add_bases<4, BF16>(octet), to[5] = add_bases<8, BF16>(octet);
-    }
+    for (int i = 0; i < 2; ++i) to[4 * i] = bytes.high[i], to[4 * i + 16] = bytes.low[i];
+    if (!Bytes::has_sums<G>(pair)) return;
+    const int segment = (unit - record * next.record_units) * next.segments + pair / (G == 32 ? 4 : 8);
+    float* sums = next.sums + ((u64)record * p.tokens * p.slots + row) * next.floats + segment * SUM_FLOATS;
+    sums[0] = bytes.scale, sums[1] = bytes.sum;
 }
 
 // Token tiles before each expert, by one warp.
@@ -461,10 +426,10 @@ template <int NT, int MODE> __device__ __forceinline__ void count_tiles(const Ar
 }
 
 // Keeps the ring full with the stages of this block's tiles. One warp, of which lane 0 asks for copies.
-template <typename C, int B, int MAX_B, int U, int G, int NT, int MODE, int MI, int WGS, int KW, int FLOATS, typename S>
+template <typename C, int B, int MAX_B, int U, int G, int NT, int MODE, int MI, int WGS, int KW, typename S>
 __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, const TensorMap& x_map, const TensorMap& other_map,
                                         u32 ring, u32 bars, int lane) {
-    constexpr u32 STAGE = C::stage_bytes(MAX_B, FLOATS);
+    constexpr u32 STAGE = C::stage_bytes(MAX_B);
     const u64 policy = evict_first();
     int stage = 0;
     u32 phase = 1;
@@ -481,12 +446,12 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
             const u32 full = bars + 16 * stage, to = ring + stage * STAGE, bytes = min(KW, end - record) * 4 * size;
             mbarrier_wait(full + 8, phase);
             if (lane == 0) {
-                mbarrier_expect(full, groups * bytes + x_bytes + (C::SCALE_AFTER ? KW * NT * C::sum_bytes(FLOATS) : 0));
+                mbarrier_expect(full, groups * bytes + x_bytes + (C::BYTES ? KW * NT * C::SUM_BYTES : 0));
                 tensor_copy(to, narrow ? &other_map : &x_map, 0, work.token, record * U, full);
                 for (int i = 0; i < groups; ++i)
                     bulk_copy(to + C::X_BYTES + i * KW * 4 * size, from + (u64)(i * p.records + record) * 4 * size, bytes, full,
                               policy);
-                if constexpr (C::SCALE_AFTER) tensor_copy(to + C::sums_at(MAX_B), &other_map, 0, work.token, record, full);
+                if constexpr (C::BYTES) tensor_copy(to + C::sums_at(MAX_B), &other_map, 0, work.token, record, full);
             }
             if (++stage == p.stages) stage = 0, phase ^= 1;
         }
@@ -523,15 +488,14 @@ template <int B, int MAX_B, int U, int G, bool BF16, int NT, int MODE, int MI, i
 __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREADS, BLOCKS)
     grouped(const Arguments p, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap other_map) {
     using C = Config<B ? B : 1, U, G, BF16, NT, MI, WGS, KW>;
-    constexpr int FLOATS = Sums<B>::FLOATS;
-    constexpr u32 STAGE = C::stage_bytes(MAX_B, FLOATS);
+    constexpr u32 STAGE = C::stage_bytes(MAX_B);
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ __align__(8) u64 bar[2 * 16];
     __shared__ int tiles[MODE == DENSE ? 1 : MAX_EXPERTS + 1];
     __shared__ __align__(16) u8 corners[WGS * 4][(NT < 32 ? NT : 32) * 32];
-    constexpr bool SUMS_NEXT = MODE == GATE_UP && C::SCALE_AFTER && C::H_UNITS > 0;
+    constexpr bool BYTES_NEXT = MODE == GATE_UP && C::BYTES && C::H_UNITS > 0;
     __shared__ Columns all_columns[2][MODE == DOWN ? NT : 1];            // of this tile and the next
-    __shared__ float all_octets[2][SUMS_NEXT ? C::ROW_BLOCKS * NT : 1];  // likewise; [row block][token]
+    __shared__ __align__(16) uint4 all_octets[2][BYTES_NEXT ? C::ROW_BLOCKS * NT : 1];  // likewise; [unit][token][row block]
     __shared__ float sums[KW > 1 ? (KW - 1) * MI * WGS * 64 * NT : 1];
     const int thread = threadIdx.x, lane = thread % WARP;
     const u32 ring = (shared_address(shared) + 1023) / 1024 * 1024, bars = shared_address(bar);
@@ -553,7 +517,7 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
     if (thread >= C::CONSUMERS) {  // producer
         if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (thread >= C::CONSUMERS + WARP) return;
-        produce<C, B, MAX_B, U, G, NT, MODE, MI, WGS, KW, FLOATS>(p, schedule, x_map, other_map, ring, bars, lane);
+        produce<C, B, MAX_B, U, G, NT, MODE, MI, WGS, KW>(p, schedule, x_map, other_map, ring, bars, lane);
     } else {  // consumers
         if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         // through a shuffle, so that the compiler knows it to be the same for the whole warp, and with it the addresses of
@@ -573,7 +537,7 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
             const Expert expert = p.bank.expert(work.expert);
             const int bits = B ? B : expert.word_bits, records = work.template records<MODE>(p);
             const bool adds = p.addend && (!p.added_to || p.added_to[work.expert].records);
-            float* octets = SUMS_NEXT && p.next.to ? all_octets[turn] : nullptr;
+            uint4* octets = BYTES_NEXT && p.next.bytes ? all_octets[turn] : nullptr;
             // sums live and end inside: shared by both sizes they made the compiler wait for every product
             auto run = [&](auto size) {
                 constexpr int N = decltype(size)::VALUE;
@@ -583,8 +547,10 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
 #pragma unroll
                     for (int i = 0; i < N / 2; ++i) acc[mi][i] = 0.f;
 #define WHERE acc, ring, STAGE, bars, p.stages, stage, phase, records, wg, kw, lane, warp
-#define CODES(W) accumulate_codes<W, U, G, BF16, NT, MI, WGS, KW, FLOATS, C::sums_at(MAX_B)>(WHERE)
-                if constexpr (!C::SCALE_AFTER) {
+#define CODES(W)                                                                                                            \
+    accumulate_bytes<W, U, G, WGS, KW, C>(acc, ring, STAGE, C::sums_at(MAX_B), bars, p.stages, stage, phase, records, wg, kw, \
+                                          lane, warp)
+                if constexpr (!C::BYTES) {
                     accumulate<B, MAX_B, U, G, BF16, NT, N, MI, WGS, KW>(WHERE, bits, expert.centre);
                 } else {
                     if constexpr (B) CODES(B);
@@ -603,15 +569,15 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
                 for (int mi = 0; mi < MI; ++mi) {
                     const int block = (wg * MI + mi) * 4 + warp;
                     store_rows<BF16, N, MODE>(p, work, columns, shared_address(corners[thread / WARP]),
-                                              octets ? octets + block * NT : nullptr, adds, work.row_block + block, acc[mi], lane);
+                                              octets ? octets + block / 8 * 8 * NT + block % 8 : nullptr, adds, work.row_block + block, acc[mi], lane);
                 }
             };
             if (NARROW<NT, MI> < NT && work.tokens <= NARROW<NT, MI>) run(Size<NARROW<NT, MI>>{});
             else run(Size<NT>{});
-            if constexpr (SUMS_NEXT)
+            if constexpr (BYTES_NEXT)
                 if (kw == 0 && octets) {
                     named_barrier(2, WGS * 128);
-                    store_sums<BF16, NT, C::H_UNITS>(p, work, octets, thread);
+                    if (thread < 8 * C::H_UNITS * NT) store_bytes<G, BF16, NT, C::H_UNITS>(p, work, octets, thread);
                 }
         }
     }

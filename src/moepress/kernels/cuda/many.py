@@ -6,6 +6,7 @@ Legend: M or T tokens, k experts a token, P = T k pairs, E experts, H hidden and
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -23,16 +24,56 @@ PLACE_PAIRS, PLACE_SLOTS, PLACE_WARPS = 2048, 32, 8
 """Pairs and slots up to which `place_rows` does without a sort, and warps of its blocks; as in route.cu."""
 
 _Grouped = structure(
-    "_Grouped", "y bias", "first pairs weights addend added_to next_sums",
-    "next_bits next_units next_segments next_floats "
+    "_Grouped", "y bias", "first pairs weights addend added_to next_bytes next_sums",
+    "next_units next_record_units next_segments next_floats "
     "weights_wide tokens slots num_experts n ld records row_blocks stages splits split_records",
 )  # fmt: skip
 _Sort = structure("_Sort", "ids first sorted", "", "ids_wide count num_experts")
-_Prepare = structure("_Prepare", "x sorted sums pairs count", "", "rows k slots units record_units sum_floats")
-_Place = structure(
-    "_Place", "x ids first pairs sorted sums", "", "ids_wide tokens slots num_experts k units record_units sum_floats"
-)
+_RowsOut = structure("_RowsOut", "rows bytes sums", "", "count units record_units sum_floats")
 _Combine = structure("_Combine", "parts y ids", "", "ids_wide slots num_experts n tokens")
+
+
+class _Prepare(ctypes.Structure):
+    _fields_ = (
+        ("x", ctypes.c_void_p), ("out", _RowsOut), ("pairs", ctypes.c_void_p), ("count", ctypes.c_void_p),
+        ("rows", ctypes.c_int), ("k", ctypes.c_int), ("slots", ctypes.c_int),
+    )  # fmt: skip
+
+
+class _Place(ctypes.Structure):
+    _fields_ = (
+        ("x", ctypes.c_void_p), ("ids", ctypes.c_void_p), ("first", ctypes.c_void_p), ("pairs", ctypes.c_void_p),
+        ("out", _RowsOut), ("ids_wide", ctypes.c_int), ("tokens", ctypes.c_int), ("slots", ctypes.c_int),
+        ("num_experts", ctypes.c_int), ("k", ctypes.c_int),
+    )  # fmt: skip
+
+
+class Rows(NamedTuple):
+    """Activations as a product takes them: P rows of K columns, in 16 bits, as bytes, or both."""
+
+    plain: torch.Tensor | None
+    """[P, K]."""
+    bytes: torch.Tensor | None
+    """As many bytes in another order (bytes.cuh), in a tensor of the same shape and dtype."""
+    sums: torch.Tensor | None
+    """With bytes: scales and sums of their segments, float32 [records, P, floats]."""
+
+    @classmethod
+    def empty(cls, x: torch.Tensor, rows: int, bank: RecordBank, *, plain: bool, in_bytes: bool) -> Rows:
+        """For products with `bank`'s matrices; `x` gives dtype and device."""
+        layout, shape = bank.shape.any, (rows, bank.shape.any.padded_columns)
+        size = layout.records_per_row_block, rows, bank.shape.record_sums
+        return cls(
+            x.new_empty(shape) if plain else None,
+            x.new_empty(shape) if in_bytes else None,
+            torch.empty(size, dtype=torch.float32, device=x.device) if in_bytes else None,
+        )
+
+    def argument(self, bank: RecordBank) -> _RowsOut:
+        layout = bank.shape.any
+        count = next(len(each) for each in self if each is not None) if self.bytes is None else len(self.bytes)
+        units = layout.records_per_row_block * layout.units
+        return _RowsOut(*map(address, self), count, units, layout.units, bank.shape.record_sums)
 
 
 class Route(NamedTuple):
@@ -57,11 +98,11 @@ class Addend(NamedTuple):
     u: RecordBank
 
 
-class NextSums(NamedTuple):
-    """Sums of a product's results, for the matrices that multiply these next."""
+class Next(NamedTuple):
+    """Where a product's results go as bytes, and the matrices that multiply these next."""
 
-    sums: torch.Tensor
-    bank: choose.Bank
+    rows: Rows
+    bank: RecordBank
 
 
 def run_many(
@@ -80,29 +121,33 @@ def run_many(
     up_tile, up_stages = find_tile(x, gate_up, "GATE_UP", choose.expert_tiles(gate_up.shape, each))
     tile, stages = find_tile(x, down, "DOWN", choose.expert_tiles(down.shape, each))
 
-    x_sorted, sums, route = sort_rows(x, ids, gate_up, wants_sums=up_tile.scales_after)
+    plain = not up_tile.takes_bytes or gate_up_factors is not None
+    rows, route = sort_rows(x, ids, gate_up, plain=plain, in_bytes=up_tile.takes_bytes)
+    made = tile.takes_bytes and up_tile.makes_bytes
+    plain = not made or down_factors is not None
+    h = Rows.empty(x, pairs, down, plain=plain, in_bytes=made)
+    if h.plain is not None and h.plain.shape[1] != intermediate:
+        h.plain.zero_()  # padding meets real scales and zeros in the short last group
+    addend = compensate(rows.plain, gate_up_factors, tokens, route)
+    then = Next(h, down) if made else None
     columns = down.layouts[0].padded_columns
-    # padding of h meets real scales and zeros in the short last group: it has to be zeros
-    h = x.new_zeros(pairs, columns) if columns != intermediate else x.new_empty(pairs, columns)
-    h_sums = new_sums(h, down) if tile.scales_after and up_tile.sums_results else None
-    addend = compensate(x_sorted, gate_up_factors, tokens, route)
-    then = None if h_sums is None else NextSums(h_sums, down.shape)
-    operands = x_sorted, sums, h, gate_up, intermediate, tokens
-    grouped("GATE_UP", up_tile, up_stages, *operands, route=route, addend=addend, then=then)
+    operands = rows, h.plain, gate_up, intermediate, tokens
+    grouped("GATE_UP", up_tile, up_stages, *operands, ld=columns, route=route, addend=addend, then=then)
 
-    if tile.scales_after and h_sums is None:
-        h_sums = prepare(h, down, pairs, count=route.count)
-    addend = compensate(h, down_factors, tokens, route)
+    if tile.takes_bytes and not made:
+        h = h._replace(**prepare(h.plain, down, pairs, plain=False, in_bytes=True, count=route.count)._asdict())
+    addend = compensate(h.plain, down_factors, tokens, route)
     parts = x.new_empty(pairs, x.shape[1])
-    operands = h, h_sums, parts, down, x.shape[1], tokens
+    operands = h, parts, down, x.shape[1], tokens
     grouped("DOWN", tile, stages, *operands, route=route, weights=weights, addend=addend)
     combine(parts, ids, len(down.where), y)
 
 
-def compensate(x: torch.Tensor, factors: Factors | None, tokens: int, route: Route) -> Addend | None:
+def compensate(x: torch.Tensor | None, factors: Factors | None, tokens: int, route: Route) -> Addend | None:
     """u v x for sorted rows, in two launches, or three where few tiles share v's columns."""
     if factors is None:
         return None
+    assert x is not None, "compensators multiply 16-bit rows"
     v, u = factors
     # whole records of u: v's padding of zero rows makes zeros of theirs
     t = multiply(x, v, u.layouts[0].padded_columns, tokens, route)
@@ -115,7 +160,7 @@ def multiply(x: torch.Tensor, bank: RecordBank, columns: int, tokens: int, route
     tile, stages = find_tile(x, bank, "PLAIN", choose.factor_tiles(bank.shape, rows / experts))
     splits, each = choose.factor_splits(bank.shape, tile, experts, rows, processors_of(x.device.index))
     parts = x.new_empty(rows * splits, columns)
-    operands = x, None, parts.view(rows, -1), bank, columns, tokens
+    operands = Rows(x, None, None), parts.view(rows, -1), bank, columns, tokens
     grouped("PLAIN", tile, stages, *operands, route=route, splits=(splits, each))
     if splits == 1:
         return parts
@@ -124,103 +169,95 @@ def multiply(x: torch.Tensor, bank: RecordBank, columns: int, tokens: int, route
 
 
 def sort_rows(
-    x: torch.Tensor, ids: torch.Tensor, bank: RecordBank, *, wants_sums: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, Route]:
-    """x's rows in the order of their experts, padded to whole records, and the sums of their segments if asked."""
+    x: torch.Tensor, ids: torch.Tensor, bank: RecordBank, *, plain: bool, in_bytes: bool
+) -> tuple[Rows, Route]:
+    """x's rows in the order of their experts, padded to whole records, in 16 bits and as bytes as asked."""
     (tokens, slots), experts, device = ids.shape, len(bank.where), x.device.index
     pairs, wide = tokens * slots, int(ids.dtype == torch.int64)
     first, order = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (experts + 1, pairs))
     route = Route(first, order, slots)
-    x_sorted = x.new_empty(pairs, bank.layouts[0].padded_columns)
     if pairs > PLACE_PAIRS or slots > PLACE_SLOTS:
         sort = _Sort(ids.data_ptr(), first.data_ptr(), order.data_ptr(), wide, pairs, experts)
         find_function("route.cu", "sort_pairs", device).launch(
             1, 1024, 132 * experts + 2 * pairs, (sort,), programmatic=True
         )
-        return x_sorted, prepare(x, bank, pairs, x_sorted, wants_sums=wants_sums, route=route, count=route.count), route
+        return prepare(x, bank, pairs, plain=plain, in_bytes=in_bytes, route=route, count=route.count), route
 
-    sums = new_sums(x_sorted, bank) if wants_sums else None
-    units = x_sorted.shape[1] // 64
+    rows = Rows.empty(x, pairs, bank, plain=plain, in_bytes=in_bytes)
     place = _Place(
-        x.data_ptr(), ids.data_ptr(), first.data_ptr(), order.data_ptr(), x_sorted.data_ptr(), address(sums),
-        wide, tokens, slots, experts, x.shape[1], units, bank.shape.any.units, bank.shape.record_sums,
+        x.data_ptr(), ids.data_ptr(), first.data_ptr(), order.data_ptr(), rows.argument(bank),
+        wide, tokens, slots, experts, x.shape[1],
     )  # fmt: skip
     # a block has 256 octets of a token's columns, and a warp an expert's first pair
+    units = bank.shape.any.padded_columns // 64
     blocks = max(tokens * -(-units // 32), -(-(experts + 1) // PLACE_WARPS))
     find_function("route.cu", rows_instance("place_rows", bank.shape, x.dtype), device).launch(
         min(8 * processors_of(device), blocks), 32 * PLACE_WARPS, 0, (place,), programmatic=True
     )
-    return x_sorted, sums, route
+    return rows, route
 
 
 def grouped(
     mode: Mode,
     tile: choose.Tile,
     stages: int,
-    x: torch.Tensor,
-    sums: torch.Tensor | None,
-    y: torch.Tensor,
+    rows: Rows,
+    y: torch.Tensor | None,
     bank: RecordBank,
     columns: int,
     tokens: int,
     *,
+    ld: int | None = None,
     bias: torch.Tensor | None = None,
     route: Route | None = None,
     weights: torch.Tensor | None = None,
     addend: Addend | None = None,
-    then: NextSums | None = None,
+    then: Next | None = None,
     splits: tuple[int, int] = (1, 0),
 ) -> None:
+    """One product into y [.., ld], of which `columns` are real; without y into the bytes of `then` alone."""
+    x = rows.bytes if tile.takes_bytes else rows.plain
+    assert x is not None, f"{mode} takes {'bytes' if tile.takes_bytes else '16 bits'}, which nobody has made"
     device, shape, layout = x.device.index, bank.shape, bank.shape.any
     function, _ = find_kernel("grouped.cu", grouped_instance(mode, shape, x.dtype, tile), device)
     first, pairs, slots = route or (None, None, 1)
     added, u = addend or (None, None)
-    next_sums, after = then or (None, None)
+    after, next_units = (then.rows, then.bank.shape.any) if then else (Rows(None, None, None), None)
     arguments = _Grouped(
-        y.data_ptr(), address(bias), bank.argument, address(first), address(pairs), address(weights),
-        address(added), u and u.argument.experts, address(next_sums),
-        *((after.uniform_bits, after.any.units, after.segments, after.record_sums) if after else (0, 1, 1, 0)),
+        address(y), address(bias), bank.argument, address(first), address(pairs), address(weights),
+        address(added), u and u.argument.experts, address(after.bytes), address(after.sums),
+        *((next_units.padded_columns // 64, next_units.units, then.bank.shape.segments, then.bank.shape.record_sums)
+          if then and next_units else (1, 1, 1, 0)),
         int(weights is not None and weights.dtype == torch.float32), tokens, slots, len(bank.where), columns,
-        y.shape[1], layout.records_per_row_block, shape.row_blocks, stages, *splits,
+        ld if ld is not None else y.shape[1], layout.records_per_row_block, shape.row_blocks, stages, *splits,
     )  # fmt: skip
     x_map, narrow_map = (map_rows(x, each, tile.column_groups * layout.units) for each in (tile.tokens, tile.narrow))
-    other_map = narrow_map if sums is None else map_sums(sums, tile.tokens, tile.column_groups)
+    other_map = map_sums(rows.sums, tile.tokens, tile.column_groups) if tile.takes_bytes else narrow_map
     shared = stages * tile.stage_bytes(shape) + choose.RESERVED
     function.launch(
         tile.blocks * processors_of(device), tile.threads, shared, (arguments, x_map, other_map), programmatic=True
     )
 
 
-def new_sums(x: torch.Tensor, bank: RecordBank) -> torch.Tensor:
-    """Room for the sums of segments of x's rows, float32 [records, rows, floats]."""
-    size = bank.shape.any.records_per_row_block, len(x), bank.shape.record_sums
-    return torch.empty(size, dtype=torch.float32, device=x.device)
-
-
 def prepare(
     x: torch.Tensor,
     bank: RecordBank,
     rows: int,
-    x_sorted: torch.Tensor | None = None,
     *,
-    wants_sums: bool = True,
+    plain: bool,
+    in_bytes: bool,
     route: Route | None = None,
     count: torch.Tensor | None = None,
-) -> torch.Tensor | None:
-    """Sorts rows into `x_sorted` and returns the sums of their segments, each where asked; the first `count` rows."""
-    shape, layout = bank.shape, bank.shape.any
-    sums = new_sums(x if x_sorted is None else x_sorted, bank) if wants_sums else None
-    units = layout.records_per_row_block * layout.units
+) -> Rows:
+    """x's rows as asked, in a route's order if there is one; the first `count` rows."""
+    made = Rows.empty(x, rows, bank, plain=plain, in_bytes=in_bytes)
     _, pairs, slots = route or (None, None, 1)
-    arguments = _Prepare(
-        x.data_ptr(), address(x_sorted), address(sums), address(pairs), address(count),
-        rows, x.shape[1], slots, units, layout.units, shape.record_sums,
-    )  # fmt: skip
-    blocks = min(8 * processors_of(x.device.index), -(-rows * units * 8 // 256))
-    find_function("route.cu", rows_instance("prepare_rows", shape, x.dtype), x.device.index).launch(
+    arguments = _Prepare(x.data_ptr(), made.argument(bank), address(pairs), address(count), rows, x.shape[1], slots)
+    blocks = min(8 * processors_of(x.device.index), -(-rows * bank.shape.any.padded_columns // (8 * 256)))
+    find_function("route.cu", rows_instance("prepare_rows", bank.shape, x.dtype), x.device.index).launch(
         blocks, 256, 0, (arguments,), programmatic=True
     )
-    return sums
+    return made
 
 
 def combine(parts: torch.Tensor, ids: torch.Tensor | None, experts: int, y: torch.Tensor) -> None:
@@ -263,4 +300,4 @@ def instances(
 
 def rows_instance(kernel: str, bank: choose.Bank, dtype: torch.dtype) -> str:
     """`prepare_rows` or `place_rows`."""
-    return f"{kernel}<{bank.uniform_bits}, {bank.any.group_size}, {is_bf16(dtype)}>"
+    return f"{kernel}<{bank.any.group_size}, {is_bf16(dtype)}>"

@@ -2,7 +2,7 @@
 // What surrounds the grouped products of many tokens: the pairs of token and expert sorted by expert, their activations
 // in that order, and the sum over a token's experts. Sorting is stable and sums have a fixed order, so results repeat
 // bitwise.
-#include "sums.cuh"
+#include "bytes.cuh"
 
 __device__ __forceinline__ long long read_id(const void* ids, int wide, int i) {
     return wide ? ((const long long*)ids)[i] : (long long)((const int*)ids)[i];
@@ -107,43 +107,51 @@ template <bool BF16> __global__ void __launch_bounds__(256) combine(const Combin
     }
 }
 
-struct PrepareArguments {
-    const u16* x;      // [tokens, k] where `pairs`, else [rows, k]
-    u16* sorted;       // [rows, 64 * units], row i is x[pairs[i] / slots] and zeros; null: x is in order already
-    float* sums;       // [records][rows][sum_floats], of a record's segments; null: not needed
-    const int* pairs;  // [rows] or null
-    const int* count;  // how many rows there are, at most `rows`; null: all
-    int rows, k, slots, units, record_units, sum_floats;
+// Rows as `grouped` reads them: 16-bit numbers, bytes, or both.
+struct RowsOut {
+    u16* rows;    // [rows, 64 * units], zeros past the end; null: not needed
+    u32* bytes;   // [rows][units][UNIT_WORDS] or null
+    float* sums;  // with bytes, of their segments: [records][count][sum_floats]
+    int count, units, record_units, sum_floats;
 };
 
-// What `segment_sums` left in the lanes of octet `o` of a row -> `sums` [records][rows][sum_floats]; one lane a segment.
-template <int B, int G>
-__device__ __forceinline__ void store_segment(float* sums, const float (&part)[Sums<B>::FLOATS], int row, int rows, int o,
-                                              int record_units, int sum_floats) {
-    constexpr int FLOATS = Sums<B>::FLOATS, SPAN = G == 32 ? 4 : 8;
-    if (o % SPAN) return;
-    const int unit = o / 8, record = unit / record_units, segment = (o - record * record_units * 8) / SPAN;
-    float* to = sums + ((u64)record * rows + row) * sum_floats + segment * FLOATS;
+// Octet `o` of row `row`.
+template <int G>
+__device__ __forceinline__ void store_octet(const RowsOut& out, const u32 (&octet)[4], const Bytes& bytes, int row, int o) {
+    const u64 unit = (u64)row * out.units + o / 8;
+    if (out.rows) *reinterpret_cast<uint4*>(out.rows + unit * 64 + o % 8 * 8) = make_uint4(octet[0], octet[1], octet[2], octet[3]);
+    if (!out.bytes) return;
 #pragma unroll
-    for (int j = 0; j < FLOATS; ++j) to[j] = part[j];
+    for (int i = 0; i < 2; ++i) {
+        out.bytes[unit * UNIT_WORDS + Bytes::at(o % 8, i)] = bytes.high[i];
+        out.bytes[unit * UNIT_WORDS + Bytes::at(o % 8, i) + 16] = bytes.low[i];
+    }
+    if (!Bytes::has_sums<G>(o % 8)) return;
+    const int record = o / 8 / out.record_units, segment = (o - record * out.record_units * 8) / (G == 32 ? 4 : 8);
+    float* to = out.sums + ((u64)record * out.count + row) * out.sum_floats + segment * SUM_FLOATS;
+    to[0] = bytes.scale, to[1] = bytes.sum;
 }
 
-// Activations as `grouped` wants them: rows in sorted order, and where few tokens make a tile the sums of their segments.
-// A thread has an octet of columns.
-template <int B, int G, bool BF16> __global__ void __launch_bounds__(256) prepare_rows(const PrepareArguments p) {
+struct PrepareArguments {
+    const u16* x;      // [tokens, k] where `pairs`, else [rows, k]
+    RowsOut out;
+    const int* pairs;  // row i is x[pairs[i] / slots]; null: x is in order already
+    const int* count;  // how many rows there are, at most `rows`; null: all
+    int rows, k, slots;
+};
+
+// Activations in sorted order. A thread has an octet of columns.
+template <int G, bool BF16> __global__ void __launch_bounds__(256) prepare_rows(const PrepareArguments p) {
     await_producers();
     allow_dependents();
-    const int octets = 8 * p.units, rows = p.count ? *p.count : p.rows, all = rows * octets;
+    const int octets = 8 * p.out.units, rows = p.count ? *p.count : p.rows, all = rows * octets;
     for (int first = blockIdx.x * blockDim.x; first < all; first += gridDim.x * blockDim.x) {
         const int at = first + threadIdx.x, row = at / octets, o = at - row * octets;
         u32 octet[4] = {0, 0, 0, 0};
         if (at < all) load_octet<BF16>(octet, p.x + (u64)(p.pairs ? p.pairs[row] / p.slots : row) * p.k, 8 * o, p.k);
-        if (p.sorted && at < all)
-            *reinterpret_cast<uint4*>(p.sorted + (u64)at * 8) = make_uint4(octet[0], octet[1], octet[2], octet[3]);
-        if (!p.sums) continue;
-        float part[Sums<B>::FLOATS] = {};
-        segment_sums<B, G, BF16>(part, octet, o % 8);
-        if (at < all) store_segment<B, G>(p.sums, part, row, p.rows, o, p.record_units, p.sum_floats);
+        Bytes bytes;
+        if (p.out.bytes) bytes.make<G, BF16>(octet, o % 8);
+        if (at < all) store_octet<G>(p.out, octet, bytes, row, o);
     }
 }
 
@@ -154,9 +162,8 @@ struct PlaceArguments {
     const void* ids;  // [tokens, slots], as `sort_pairs` takes them
     int* first;       // [num_experts + 1]
     int* pairs;       // [tokens * slots]
-    u16* sorted;      // [tokens * slots, 64 * units], as `prepare_rows` has it
-    float* sums;      // [records][tokens * slots][sum_floats] or null
-    int ids_wide, tokens, slots, num_experts, k, units, record_units, sum_floats;
+    RowsOut out;      // of tokens * slots rows
+    int ids_wide, tokens, slots, num_experts, k;
 };
 
 constexpr int PLACE_THREADS = 256, PLACE_WARPS = PLACE_THREADS / WARP;
@@ -177,11 +184,11 @@ __device__ __forceinline__ int count_below(const u32* keys, int quads, u32 key, 
 // so whoever needs one counts, and all blocks count side by side. A pair's key is (expert, pair): what is below it comes
 // before it, and what is below (expert, 0) before the expert. A token's octet is read once, while the ids are on their
 // way, and written for all of its slots.
-template <int B, int G, bool BF16> __global__ void __launch_bounds__(PLACE_THREADS) place_rows(const PlaceArguments p) {
+template <int G, bool BF16> __global__ void __launch_bounds__(PLACE_THREADS) place_rows(const PlaceArguments p) {
     __shared__ __align__(16) u32 keys[PLACE_PAIRS];
     __shared__ int places[PLACE_SLOTS];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, pairs = p.tokens * p.slots, quads = (pairs + 3) / 4;
-    const int octets = 8 * p.units, chunks = (octets + PLACE_THREADS - 1) / PLACE_THREADS, items = p.tokens * chunks;
+    const int octets = 8 * p.out.units, chunks = (octets + PLACE_THREADS - 1) / PLACE_THREADS, items = p.tokens * chunks;
     await_producers();
     allow_dependents();
     u32 octet[4];
@@ -207,14 +214,10 @@ template <int B, int G, bool BF16> __global__ void __launch_bounds__(PLACE_THREA
             if (lane == 0 && runs && item % chunks == 0) p.pairs[place] = pair;
         }
         __syncthreads();
-        float part[Sums<B>::FLOATS] = {};
-        if (p.sums) segment_sums<B, G, BF16>(part, octet, o % 8);
-        for (int slot = 0; slot < p.slots; ++slot) {
-            const int row = places[slot];
-            if (row < 0 || o >= octets) continue;
-            *reinterpret_cast<uint4*>(p.sorted + ((u64)row * octets + o) * 8) = make_uint4(octet[0], octet[1], octet[2], octet[3]);
-            if (p.sums) store_segment<B, G>(p.sums, part, row, pairs, o, p.record_units, p.sum_floats);
-        }
+        Bytes bytes;
+        if (p.out.bytes) bytes.make<G, BF16>(octet, o % 8);
+        for (int slot = 0; slot < p.slots; ++slot)
+            if (places[slot] >= 0 && o < octets) store_octet<G>(p.out, octet, bytes, places[slot], o);
         __syncthreads();
     }
     for (int e = blockIdx.x * PLACE_WARPS + warp; e <= p.num_experts; e += gridDim.x * PLACE_WARPS) {

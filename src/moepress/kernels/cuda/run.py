@@ -25,7 +25,7 @@ from moepress.kernels.cuda.compiler import warm as compile_all
 from moepress.kernels.cuda.few import few_experts, few_linear, gemv_instance
 from moepress.kernels.cuda.functions import processors_of, shared_bytes_of
 from moepress.kernels.cuda.launch import architecture
-from moepress.kernels.cuda.many import find_tile, grouped, grouped_instance, prepare, rows_instance, run_many
+from moepress.kernels.cuda.many import Rows, find_tile, grouped, grouped_instance, prepare, rows_instance, run_many
 from moepress.kernels.cuda.many import instances as many_instances
 from moepress.kernels.records import RecordLayout
 
@@ -81,8 +81,8 @@ def linear(x: torch.Tensor, bank: RecordBank, bias: torch.Tensor | None, out_fea
     if columns != x.shape[1]:
         x = torch.nn.functional.pad(x, (0, columns - x.shape[1]))
     tile, stages = find_tile(x, bank, "DENSE", choose.dense_tiles(bank.shape, len(x), processors_of(x.device.index)))
-    sums = prepare(x, bank, len(x)) if tile.scales_after else None
-    grouped("DENSE", tile, stages, x, sums, y, bank, out_features, len(x), bias=bias)
+    rows = prepare(x, bank, len(x), plain=False, in_bytes=True) if tile.takes_bytes else Rows(x, None, None)
+    grouped("DENSE", tile, stages, rows, y, bank, out_features, len(x), bias=bias)
     return y
 
 
