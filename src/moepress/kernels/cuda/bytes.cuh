@@ -12,8 +12,9 @@ template <int U, int G> struct Record {
     static __device__ __host__ constexpr int bytes(int b) { return 128 * U * b + 64 * GROUPS; }
 };
 
-// A float32 whose last place is worth 1: what is added to it lies, as an integer, in its lower bits.
-constexpr float INTEGERS = 12582912.f;
+// A float32 whose last place is worth 1: what is added to it lies, as an integer, in its lower bits. And 128, because low
+// bytes are signed: where one is negative the high one has to be one more.
+constexpr float INTEGERS = 12582912.f + 128.f;
 constexpr int UNIT_WORDS = 32;  // of a unit's bytes: 64 high ones, 64 low ones, each [t][n][4]
 constexpr int SUM_FLOATS = 2;   // of a segment: scale, sum
 
@@ -63,18 +64,19 @@ struct Bytes {
             const u32 a = __float_as_uint(fmaf(x[2 * t], to_integers, INTEGERS));
             const u32 b = __float_as_uint(fmaf(x[2 * t + 1], to_integers, INTEGERS));
             total += a + b;
-            bytes[t] = __byte_perm(a + 128, b + 128, 0x5140) ^ 0x00008080u;  // low bytes are signed, and carry
+            bytes[t] = __byte_perm(a, b, 0x5140);
         }
         total -= 8 * __float_as_uint(INTEGERS);
 #pragma unroll
         for (int mask = 1; mask < SPAN; mask *= 2) total += __shfl_xor_sync(~0u, total, mask);
         sum = float(int(total));
-        const bool odd = pair % 2;
+        const bool odd = pair % 2;  // has the columns t = 2, 3 of both
+        const u32 take_high = odd ? 0x3726 : 0x7362, take_low = odd ? 0x1504 : 0x5140;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const u32 own = odd ? bytes[2 + i] : bytes[i], other = __shfl_xor_sync(~0u, odd ? bytes[i] : bytes[2 + i], 1);
-            high[i] = __byte_perm(odd ? other : own, odd ? own : other, 0x7362);
-            low[i] = __byte_perm(odd ? other : own, odd ? own : other, 0x5140);
+            high[i] = __byte_perm(own, other, take_high);
+            low[i] = __byte_perm(own, other, take_low) ^ 0x80808080u;
         }
     }
 };

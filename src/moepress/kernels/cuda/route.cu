@@ -83,22 +83,32 @@ struct CombineArguments {
     int ids_wide, slots, num_experts, n, tokens;
 };
 
-// y[token] = the sum of its slots that ran, in slot order, in float32. A thread has eight columns.
+// y[token] = the sum of its slots that ran, in slot order, in float32. A thread has eight columns, and asks for several
+// slots' at once: one after the other they took most of a microsecond each.
 template <bool BF16> __global__ void __launch_bounds__(256) combine(const CombineArguments p) {
+    constexpr int BATCH = 8;
     await_producers();
     allow_dependents();
     const int octets = (p.n + 7) / 8;
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < p.tokens * octets; i += gridDim.x * blockDim.x) {
         const int token = i / octets, n = i % octets * 8;
+        const u16* from = p.parts + (u64)token * p.slots * p.n + n;
         float sum[8] = {};
-        for (int slot = 0; slot < p.slots; ++slot) {
-            const int pair = token * p.slots + slot;
-            const long long id = p.ids ? read_id(p.ids, p.ids_wide, pair) : 0;
-            if (id < 0 || id >= p.num_experts) continue;
-            const uint4 v = *reinterpret_cast<const uint4*>(p.parts + (u64)pair * p.n + n);
-            const u32 word[4] = {v.x, v.y, v.z, v.w};
+        for (int first = 0; first < p.slots; first += BATCH) {
+            uint4 v[BATCH];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) sum[2 * j] += Half<BF16>::lo(word[j]), sum[2 * j + 1] += Half<BF16>::hi(word[j]);
+            for (int j = 0; j < BATCH; ++j) {
+                const int slot = first + j;
+                const long long id = slot < p.slots && p.ids ? read_id(p.ids, p.ids_wide, token * p.slots + slot) : 0;
+                v[j] = make_uint4(0, 0, 0, 0);
+                if (slot < p.slots && id >= 0 && id < p.num_experts) v[j] = *reinterpret_cast<const uint4*>(from + (u64)slot * p.n);
+            }
+#pragma unroll
+            for (int j = 0; j < BATCH; ++j) {
+                const u32 word[4] = {v[j].x, v[j].y, v[j].z, v[j].w};
+#pragma unroll
+                for (int t = 0; t < 4; ++t) sum[2 * t] += Half<BF16>::lo(word[t]), sum[2 * t + 1] += Half<BF16>::hi(word[t]);
+            }
         }
         uint4 out;
         out.x = Half<BF16>::pack(sum[0], sum[1]), out.y = Half<BF16>::pack(sum[2], sum[3]);
@@ -115,22 +125,38 @@ struct RowsOut {
     int count, units, record_units, sum_floats;
 };
 
-// Octet `o` of row `row`.
-template <int G>
-__device__ __forceinline__ void store_octet(const RowsOut& out, const u32 (&octet)[4], const Bytes& bytes, int row, int o) {
-    const u64 unit = (u64)row * out.units + o / 8;
-    if (out.rows) *reinterpret_cast<uint4*>(out.rows + unit * 64 + o % 8 * 8) = make_uint4(octet[0], octet[1], octet[2], octet[3]);
-    if (!out.bytes) return;
+// One octet of columns on its way to its rows: a lane's four words of 16 bits, and four of bytes.
+struct Piece {
+    u32 octet[4];
+    uint4 bytes;  // words 4 pair to 4 pair + 3 of the unit: whole pieces of 16 bytes
+    float scale, sum;
+
+    // All lanes, of which each has the octet o with o % 8 == lane % 8; `corner` is the warp's own.
+    template <int G, bool BF16> __device__ __forceinline__ void make_bytes(u32 (&corner)[4 * WARP], int lane) {
+        Bytes made;
+        made.make<G, BF16>(octet, lane % 8);
+        u32* unit = corner + lane / 8 * UNIT_WORDS;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        out.bytes[unit * UNIT_WORDS + Bytes::at(o % 8, i)] = bytes.high[i];
-        out.bytes[unit * UNIT_WORDS + Bytes::at(o % 8, i) + 16] = bytes.low[i];
+        for (int i = 0; i < 2; ++i) unit[Bytes::at(lane % 8, i)] = made.high[i], unit[Bytes::at(lane % 8, i) + 16] = made.low[i];
+        __syncwarp();
+        bytes = reinterpret_cast<const uint4*>(corner)[lane];
+        scale = made.scale, sum = made.sum;
+        __syncwarp();
     }
-    if (!Bytes::has_sums<G>(o % 8)) return;
-    const int record = o / 8 / out.record_units, segment = (o - record * out.record_units * 8) / (G == 32 ? 4 : 8);
-    float* to = out.sums + ((u64)record * out.count + row) * out.sum_floats + segment * SUM_FLOATS;
-    to[0] = bytes.scale, to[1] = bytes.sum;
-}
+    // As octet `o` of row `row`.
+    template <int G> __device__ __forceinline__ void store(const RowsOut& out, int row, int o) const {
+        const u64 unit = (u64)row * out.units + o / 8;
+        if (out.rows) *reinterpret_cast<uint4*>(out.rows + unit * 64 + o % 8 * 8) = make_uint4(octet[0], octet[1], octet[2], octet[3]);
+        if (!out.bytes) return;
+        reinterpret_cast<uint4*>(out.bytes)[unit * (UNIT_WORDS / 4) + o % 8] = bytes;
+        if (!Bytes::has_sums<G>(o % 8)) return;
+        const int record = o / 8 / out.record_units, segment = (o - record * out.record_units * 8) / (G == 32 ? 4 : 8);
+        *reinterpret_cast<float2*>(out.sums + ((u64)record * out.count + row) * out.sum_floats + segment * SUM_FLOATS) =
+            make_float2(scale, sum);
+    }
+};
+
+constexpr int ROWS_THREADS = 256;
 
 struct PrepareArguments {
     const u16* x;      // [tokens, k] where `pairs`, else [rows, k]
@@ -141,17 +167,17 @@ struct PrepareArguments {
 };
 
 // Activations in sorted order. A thread has an octet of columns.
-template <int G, bool BF16> __global__ void __launch_bounds__(256) prepare_rows(const PrepareArguments p) {
+template <int G, bool BF16> __global__ void __launch_bounds__(ROWS_THREADS) prepare_rows(const PrepareArguments p) {
+    __shared__ __align__(16) u32 corners[ROWS_THREADS / WARP][4 * WARP];
     await_producers();
     allow_dependents();
     const int octets = 8 * p.out.units, rows = p.count ? *p.count : p.rows, all = rows * octets;
-    for (int first = blockIdx.x * blockDim.x; first < all; first += gridDim.x * blockDim.x) {
+    for (int first = blockIdx.x * ROWS_THREADS; first < all; first += gridDim.x * ROWS_THREADS) {
         const int at = first + threadIdx.x, row = at / octets, o = at - row * octets;
-        u32 octet[4] = {0, 0, 0, 0};
-        if (at < all) load_octet<BF16>(octet, p.x + (u64)(p.pairs ? p.pairs[row] / p.slots : row) * p.k, 8 * o, p.k);
-        Bytes bytes;
-        if (p.out.bytes) bytes.make<G, BF16>(octet, o % 8);
-        if (at < all) store_octet<G>(p.out, octet, bytes, row, o);
+        Piece piece = {};
+        if (at < all) load_octet<BF16>(piece.octet, p.x + (u64)(p.pairs ? p.pairs[row] / p.slots : row) * p.k, 8 * o, p.k);
+        if (p.out.bytes) piece.make_bytes<G, BF16>(corners[threadIdx.x / WARP], threadIdx.x % WARP);
+        if (at < all) piece.store<G>(p.out, row, o);
     }
 }
 
@@ -166,8 +192,8 @@ struct PlaceArguments {
     int ids_wide, tokens, slots, num_experts, k;
 };
 
-constexpr int PLACE_THREADS = 256, PLACE_WARPS = PLACE_THREADS / WARP;
-constexpr int PLACE_PAIRS = 2048;  // the most
+constexpr int PLACE_WARPS = ROWS_THREADS / WARP;
+constexpr int PLACE_PAIRS = 8192;  // the most
 constexpr int PLACE_SLOTS = 32;    // of a token, the most
 
 // How many of the keys are below `key`, by a warp; the last keys are filled up to whole quads with larger ones.
@@ -184,27 +210,28 @@ __device__ __forceinline__ int count_below(const u32* keys, int quads, u32 key, 
 // so whoever needs one counts, and all blocks count side by side. A pair's key is (expert, pair): what is below it comes
 // before it, and what is below (expert, 0) before the expert. A token's octet is read once, while the ids are on their
 // way, and written for all of its slots.
-template <int G, bool BF16> __global__ void __launch_bounds__(PLACE_THREADS) place_rows(const PlaceArguments p) {
+template <int G, bool BF16> __global__ void __launch_bounds__(ROWS_THREADS) place_rows(const PlaceArguments p) {
     __shared__ __align__(16) u32 keys[PLACE_PAIRS];
+    __shared__ __align__(16) u32 corners[PLACE_WARPS][4 * WARP];
     __shared__ int places[PLACE_SLOTS];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, pairs = p.tokens * p.slots, quads = (pairs + 3) / 4;
-    const int octets = 8 * p.out.units, chunks = (octets + PLACE_THREADS - 1) / PLACE_THREADS, items = p.tokens * chunks;
+    const int octets = 8 * p.out.units, chunks = (octets + ROWS_THREADS - 1) / ROWS_THREADS, items = p.tokens * chunks;
     await_producers();
     allow_dependents();
-    u32 octet[4];
+    Piece piece;
     auto read_octet = [&](int item) {
-        const int token = item / chunks, o = item % chunks * PLACE_THREADS + threadIdx.x;
-        octet[0] = octet[1] = octet[2] = octet[3] = 0;
-        if (token < p.tokens && o < octets) load_octet<BF16>(octet, p.x + (u64)token * p.k, 8 * o, p.k);
+        const int token = item / chunks, o = item % chunks * ROWS_THREADS + threadIdx.x;
+        piece = {};
+        if (token < p.tokens && o < octets) load_octet<BF16>(piece.octet, p.x + (u64)token * p.k, 8 * o, p.k);
     };
     read_octet(blockIdx.x);
-    for (int i = threadIdx.x; i < 4 * quads; i += PLACE_THREADS) {
+    for (int i = threadIdx.x; i < 4 * quads; i += ROWS_THREADS) {
         const long long id = i < pairs ? read_id(p.ids, p.ids_wide, i) : -1;
         keys[i] = u32(id >= 0 && id < p.num_experts ? int(id) : NOBODY) << 16 | u32(i);
     }
     __syncthreads();
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
-        const int token = item / chunks, o = item % chunks * PLACE_THREADS + threadIdx.x;
+        const int token = item / chunks, o = item % chunks * ROWS_THREADS + threadIdx.x;
         if (item != blockIdx.x) read_octet(item);
         for (int slot = warp; slot < p.slots; slot += PLACE_WARPS) {
             const int pair = token * p.slots + slot;
@@ -214,10 +241,9 @@ template <int G, bool BF16> __global__ void __launch_bounds__(PLACE_THREADS) pla
             if (lane == 0 && runs && item % chunks == 0) p.pairs[place] = pair;
         }
         __syncthreads();
-        Bytes bytes;
-        if (p.out.bytes) bytes.make<G, BF16>(octet, o % 8);
+        if (p.out.bytes) piece.make_bytes<G, BF16>(corners[warp], lane);
         for (int slot = 0; slot < p.slots; ++slot)
-            if (places[slot] >= 0 && o < octets) store_octet<G>(p.out, octet, bytes, places[slot], o);
+            if (places[slot] >= 0 && o < octets) piece.store<G>(p.out, places[slot], o);
         __syncthreads();
     }
     for (int e = blockIdx.x * PLACE_WARPS + warp; e <= p.num_experts; e += gridDim.x * PLACE_WARPS) {
