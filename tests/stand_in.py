@@ -17,9 +17,15 @@ import torch
 
 import moepress.kernels.cuda as package
 from moepress.kernels import banks
+from moepress.kernels.cuda import router as router_launcher
+from moepress.kernels.cuda import select as select_launcher
 from moepress.kernels.cuda.bank import Factors
 from moepress.kernels.experts.reference import run_experts
 from moepress.kernels.records import RecordLayout, deinterleave, dequantize_records
+from moepress.kernels.router.cuda import FEW, Selection
+from moepress.kernels.router.reference import Routed, Routing, route
+from moepress.kernels.selector.reference import Costs, log_costs, worth_running
+from moepress.pruning.rule import rescale
 from moepress.runtime.experts import BankLayouts
 
 CHECKS_ADDRESSES = True
@@ -56,6 +62,10 @@ class RecordBank:
         if slot is None:
             return torch.zeros(layout.rows, layout.columns)
         return dequantize_records(self.records[which][slot], layout)
+
+
+def _listed(each: Any) -> Any:
+    return each if isinstance(each, torch.dtype) else sorted(set(each), key=repr)
 
 
 def whole(bank: RecordBank, factors: Factors | None, expert: int) -> torch.Tensor:
@@ -142,9 +152,38 @@ class Kernels(types.ModuleType):
         self.warmed.append((len(linears), [top_k for _, _, top_k, *_ in banks], dtype, device.type))
 
 
+def launch_select(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, costs: Costs, dial: torch.Tensor, renormalises: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The selector's launch by its definition."""
+    assert all(each.is_contiguous() for each in (x, ids, weights, *costs)) and x.data_ptr() % 16 == 0 and len(x)
+    assert weights.dtype in (torch.float32, x.dtype) and ids.dtype in (torch.int64, torch.int32)
+    kept = worth_running(log_costs(x, ids, weights.float(), costs), 1 + dial)
+    return ids.where(kept, -1), rescale(weights, kept, renormalises)
+
+
+def launch_route(x: torch.Tensor, weight: torch.Tensor, routing: Routing, selection: Selection | None) -> Routed:
+    """The router's launch by its definition."""
+    assert x.is_contiguous() and weight.is_contiguous() and x.dtype == weight.dtype and 0 < len(x) <= FEW
+    assert x.data_ptr() % 16 == weight.data_ptr() % 16 == 0 and x.shape[1] == weight.shape[1]
+    logits, weights, ids = route(x, weight, routing)
+    if selection is not None:
+        ids, weights = launch_select(x, ids, weights, *selection)
+    return logits, weights, ids
+
+
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Kernels:
-    """Puts it in the place of the real module, and lets every device have kernels."""
+    """Puts it in the place of the real module, and lets every device have kernels. `calls` has selectors and routers,
+    too, and `warmed` what is compiled for them."""
     kernels = Kernels()
+    for name, module, launch in (("select", select_launcher, launch_select), ("route", router_launcher, launch_route)):
+
+        def noted(*arguments: Any, name: str = name, launch: Any = launch) -> Any:
+            kernels.calls.append(name)
+            return launch(*arguments)
+
+        monkeypatch.setattr(module, f"launch_{name}", noted)
+        monkeypatch.setattr(module, "warm", lambda *each, name=name: kernels.warmed.append((name, *map(_listed, each))))
     monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
     monkeypatch.setattr(package, "run", kernels, raising=False)
     monkeypatch.setattr(banks, "_why_not_device", lambda kind: None)

@@ -66,7 +66,7 @@ class MoepressQuantizer(HfQuantizer):
         manifest: Manifest = self.quantization_config.manifest
         family = family_of(model.config.model_type)
         name_of = _namer(model, family)
-        install(model, manifest, name_of)
+        install(model, manifest, family, name_of)
         self._rules: dict[str, Rule] = {}
         if checkpoint_files:
             with CheckpointReader(_folder_of(checkpoint_files)) as reader:

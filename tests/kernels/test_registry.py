@@ -14,7 +14,7 @@ from moepress.errors import KernelError
 from moepress.format.spec import WeightSpec
 from moepress.kernels import registry
 from moepress.kernels.banks import describe, parse
-from moepress.kernels.problem import EXPERTS, LINEAR, PACKING, SELECTOR, Problem
+from moepress.kernels.problem import EXPERTS, LINEAR, PACKING, ROUTER, SELECTOR, Problem
 from moepress.kernels.records import RecordLayout
 from moepress.kernels.registry import CUDA, REFERENCE, TRITON, Row, explain, select
 from stand_in import Kernels, stand_in
@@ -65,7 +65,7 @@ def test_on_the_cpu_the_reference_runs_and_nothing_is_said(op: str) -> None:
     assert "need a CUDA device, and this layer is on cpu" in cuda.reason and reference.reason == ""
 
 
-@pytest.mark.parametrize("op", [LINEAR, EXPERTS, SELECTOR, PACKING])
+@pytest.mark.parametrize("op", [LINEAR, EXPERTS, SELECTOR, ROUTER, PACKING])
 def test_every_operation_has_a_reference_at_the_end(op: str) -> None:
     rows = [row for row in registry.ROWS if row.op == op]
     assert rows[-1].name == REFERENCE and rows[-1].why_not(problem(op)) is None
@@ -165,23 +165,34 @@ def test_an_override_that_cannot_run_says_why(value: str, words: str, monkeypatc
         select(problem())
 
 
-def test_a_selectors_kernel_runs_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> None:
-    asked = problem(SELECTOR, GPU, layouts=(), columns=64, top_k=2)
-    with pytest.warns(UserWarning, match="runs selector in plain torch .*: no GPU has measured .*=cuda runs it"):
-        assert select(asked) == REFERENCE
-    monkeypatch.setenv(registry.OVERRIDE, CUDA)
+@pytest.mark.parametrize("op", [SELECTOR, ROUTER])
+def test_selectors_and_routers_run_on_kernels(op: str, monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> None:
+    asked = problem(op, GPU, layouts=(), columns=64, experts=512, top_k=2)
     assert select(asked) == CUDA
     for change, reason in (
-        ({"columns": 36}, "no multiple of 8"),
-        ({"top_k": 33}, "at most 32 experts a token, not 33"),
+        ({"columns": 36}, "36 inputs are no multiple of 8"),
+        ({"top_k": 33}, f"the {op}'s CUDA kernel takes at most 32 experts a token, not 33"),
+        ({"dtype": torch.float32}, "inputs are torch.float32"),
     ):
-        with pytest.raises(KernelError, match=f"cannot run selector here: .*{reason}"):
-            select(Problem(**(vars(asked) | change)))
+        changed = Problem(**(vars(asked) | change))
+        with pytest.warns(UserWarning, match=f"runs {op} in plain torch .*: {reason}"):
+            assert select(changed) == REFERENCE
+        with monkeypatch.context() as patch:
+            patch.setenv(registry.OVERRIDE, CUDA)
+            with pytest.raises(KernelError, match=f"cannot run {op} here: {reason}"):
+                select(changed)
+    assert select(problem(op, CPU, layouts=(), columns=36, experts=4, top_k=2)) == REFERENCE
 
 
-def test_an_override_is_nothing_to_an_operation_that_has_no_such_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_routers_kernel_has_a_bound_on_experts(kernels: Kernels) -> None:
+    with pytest.warns(UserWarning, match="the router's CUDA kernel takes at most 512 experts a layer, not 513"):
+        assert select(problem(ROUTER, GPU, layouts=(), columns=64, experts=513, top_k=2)) == REFERENCE
+
+
+@pytest.mark.parametrize("op", [SELECTOR, ROUTER])
+def test_an_override_is_nothing_to_an_operation_that_has_no_such_row(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(registry.OVERRIDE, TRITON)
-    assert select(problem(SELECTOR, layouts=(), columns=64)) == REFERENCE
+    assert select(problem(op, layouts=(), columns=64)) == REFERENCE
 
 
 def test_problems_are_values() -> None:

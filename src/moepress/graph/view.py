@@ -21,6 +21,21 @@ DENSE_GROUPS = ("attn", "shared", "mlp")
 
 
 @dataclass(frozen=True)
+class SoftmaxRouter:
+    """A router that is a linear, a softmax over all experts and the top k of it (kernels/router/reference.py).
+
+    `module` is its name in the block, beside the experts; `scaling` the key of the config's factor of the weights, if
+    there is one; `only_if` what the config must say for the router to be of this kind.
+    """
+
+    module: str = "gate"
+    float32_weights: bool = False
+    float32_logits: bool = False
+    scaling: str | None = None
+    only_if: tuple[tuple[str, object], ...] = ()
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture's naming, as data. Templates hold {layer} and {expert} where numbers stand.
 
@@ -28,7 +43,8 @@ class Family:
     a stacked tensor [experts, rows, in_features] whose rows are that many equal blocks, one per role.
     `bank` is the template of the module that holds a layer's experts, as the files spell it, and `renames` are the
     substitutions from the files' spelling to that of transformers' modules. `renormalises` says whether the router
-    scales a token's top-k weights to a fixed sum; None where the config's `norm_topk_prob` says it.
+    scales a token's top-k weights to a fixed sum; None where the config's `norm_topk_prob` says it. `router` is None
+    for any but the usual kind.
     """
 
     model_type: str
@@ -37,6 +53,7 @@ class Family:
     bank: str
     renames: tuple[tuple[str, str], ...] = ()
     renormalises: bool | None = None
+    router: SoftmaxRouter | None = None
 
     def module_name(self, stored: str) -> str:
         """A stored tensor or module name in transformers' spelling."""

@@ -10,7 +10,7 @@ import torch
 from moepress.format.spec import WeightSpec
 from moepress.kernels.records import RecordLayout
 
-LINEAR, EXPERTS, SELECTOR, PACKING = "linear", "experts", "selector", "packing"
+LINEAR, EXPERTS, SELECTOR, ROUTER, PACKING = "linear", "experts", "selector", "router", "packing"
 SILU = "silu"
 
 
@@ -21,8 +21,8 @@ class Problem:
     `layouts` are those of its records, each kind once: of the matrix, or of the experts' gate and up interleaved;
     `down` those of the experts' down, of which there are `experts`. `compensated` and `compensated_down` are the specs
     among them that have a compensator. `top_k` is how many experts a token has. `offloaded` weights come to the device
-    for each call and go again. A selector has no records, but `columns` of inputs; packing has no inputs, but makes
-    records of `layouts`.
+    for each call and go again. Selectors and routers have no records, but `columns` of inputs; packing has no inputs,
+    but makes records of `layouts`.
     """
 
     op: str

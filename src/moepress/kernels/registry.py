@@ -4,8 +4,8 @@
 The first row of an operation that can run is taken. On a CUDA device the reference is never taken in silence: a
 warning names each reason once. MOEPRESS_KERNELS=reference (or cuda, or triton), read when a layer meets its first
 input, takes that row and no other, and is an error where it cannot run; an operation without such a row keeps its own
-order. What no GPU has measured yet is taken in no other way: Triton's kernels, and the selector's on CUDA. On the CPU
-the reference is what there is, and nothing is said.
+order. Triton's kernels, which no GPU has measured yet, are taken in no other way. On the CPU the reference is what
+there is, and nothing is said.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from moepress.kernels.experts import cuda as experts_cuda
 from moepress.kernels.experts import triton as experts_triton
 from moepress.kernels.linear import cuda as linear_cuda
 from moepress.kernels.linear import triton as linear_triton
-from moepress.kernels.problem import EXPERTS, LINEAR, PACKING, SELECTOR, Problem
+from moepress.kernels.problem import EXPERTS, LINEAR, PACKING, ROUTER, SELECTOR, Problem
+from moepress.kernels.router import cuda as router_cuda
 from moepress.kernels.selector import cuda as selector_cuda
 
 CUDA, TRITON, REFERENCE = "cuda", "triton", "reference"
@@ -62,14 +63,6 @@ def _triton(problem: Problem) -> str | None:
     return experts_triton.why_not(problem.device, problem.dtype, bits, problem.activation)
 
 
-def _selector(problem: Problem) -> str | None:
-    if reason := selector_cuda.why_not(problem):
-        return reason
-    if os.environ.get(OVERRIDE) != CUDA:
-        return f"no GPU has measured the selector's CUDA kernel yet; {OVERRIDE}={CUDA} runs it"
-    return None
-
-
 ROWS = (
     # the fastest first
     Row(LINEAR, CUDA, linear_cuda.why_not),
@@ -78,8 +71,10 @@ ROWS = (
     Row(EXPERTS, CUDA, experts_cuda.why_not),
     Row(EXPERTS, TRITON, _triton),
     Row(EXPERTS, REFERENCE, _always),
-    Row(SELECTOR, CUDA, _selector),
+    Row(SELECTOR, CUDA, selector_cuda.why_not),
     Row(SELECTOR, REFERENCE, _always),
+    Row(ROUTER, CUDA, router_cuda.why_not),
+    Row(ROUTER, REFERENCE, _always),
     Row(PACKING, CUDA, packing.why_not),
     Row(PACKING, REFERENCE, _always),
 )

@@ -3,7 +3,8 @@
 
 A `Pruner` becomes a child of each experts module and changes its arguments by a forward pre-hook, so models, compiled
 ones too, run as they are. Its rule moves with the experts but is no submodule: `state_dict()` and `parameters()` are
-those of the unpruned model (`stored.py` keeps rules).
+those of the unpruned model (`stored.py` keeps rules). Where a router runs on a kernel that can decide as the rule does,
+it does (`runtime/router.py`), and the hook only counts.
 
 Hooks are set when rules are attached; torch.compile does not look at those that are set later. What may change after
 that (on or off, counting, the dial) are attributes and buffers, which it does look at.
@@ -22,6 +23,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from moepress.errors import PruningError
+from moepress.kernels.router.cuda import Selection
 from moepress.pruning.rule import Prune, Pruned, Rule, prune
 from moepress.pruning.sites import Site, moe_sites
 
@@ -39,6 +41,8 @@ class Pruner(nn.Module):
         self.top_k, self._renormalises, self._skips = site.top_k, site.renormalises, site.skips
         self._rule = (rule,)  # in a tuple, or it would become a submodule
         self._positions: torch.Tensor | None = None
+        self.decided = False
+        """Whether the router has done what the rule says with what comes next."""
         self.handles: list[RemovableHandle] = []
 
     @property
@@ -53,13 +57,22 @@ class Pruner(nn.Module):
         """What the experts get in the place of the router's ids and weights [T, k]; hidden is [T, H]."""
         rule = self.rule
         if isinstance(rule, Rule):
-            renormalises = self._renormalises if rule.renormalises is None else rule.renormalises
-            ids, weights = prune(rule, hidden, ids, weights, renormalises, self._skips)
+            ids, weights = prune(rule, hidden, ids, weights, self._rescales(rule), self._skips)
         else:
             ids, weights = rule(hidden, ids, weights)
         if self.counting:
             self._count((weights != 0) & (ids >= 0))
         return ids, weights
+
+    def selection(self, device: torch.device, dtype: torch.dtype) -> Selection | None:
+        """What the router needs to decide in its own launch; None where it cannot, or nothing is to be pruned."""
+        rule = self.rule
+        if not (self.enabled and self._skips and isinstance(rule, Rule)):
+            return None
+        return rule.selection(device, dtype, self.top_k, self._rescales(rule))
+
+    def _rescales(self, rule: Rule) -> bool:
+        return self._renormalises if rule.renormalises is None else rule.renormalises
 
     def before_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward pre-hook of the decoder layer: which positions its tokens have, [1 or batch, length]."""
@@ -71,6 +84,11 @@ class Pruner(nn.Module):
         if not self.enabled:
             return None
         hidden, ids, weights = args
+        decided, self.decided = self.decided, False
+        if decided:
+            if self.counting:
+                self._count((weights != 0) & (ids >= 0))
+            return None
         return hidden, *self(hidden.reshape(-1, hidden.shape[-1]), ids, weights)
 
     def start_counting(self, positions: int, device: torch.device) -> None:
@@ -166,6 +184,8 @@ def detach(model: nn.Module) -> list[Rule | Prune]:
             for handle in pruner.handles:
                 handle.remove()
             delattr(site.experts, CHILD)
+            if (router := site.router) is not None:
+                router.select_by(None)
             rules.append(pruner.rule)
     return rules
 
@@ -245,6 +265,8 @@ def _install(site: Site, rule: Rule | Prune) -> None:
     ]
     if isinstance(rule, Rule):
         pruner.handles += rule.observe(site.layer)
+    if (router := site.router) is not None:
+        router.select_by(pruner)
 
 
 def _required(model: nn.Module) -> dict[str, Pruner]:

@@ -26,6 +26,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from moepress.kernels.router.cuda import Selection
+
 if TYPE_CHECKING:
     from moepress.pruning.sites import Site
 
@@ -64,6 +66,10 @@ class Rule(nn.Module):
         self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, renormalises: bool
     ) -> Pruned | None:
         """What `prune` gives for experts that skip, by one kernel; None where there is none for these inputs."""
+        return None
+
+    def selection(self, device: torch.device, dtype: torch.dtype, top_k: int, renormalises: bool) -> Selection | None:
+        """What a router's launch needs to do as `fused` does, for such inputs; None where it cannot."""
         return None
 
     def settings(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ from torch import nn
 from moepress.errors import PruningError
 from moepress.kernels.problem import SELECTOR, Problem
 from moepress.kernels.registry import CUDA, select
+from moepress.kernels.router.cuda import Selection
 from moepress.kernels.selector.cuda import select_experts
 from moepress.kernels.selector.reference import Costs, log_costs, worth_running
 from moepress.pruning.rule import Pruned, Rule
@@ -53,11 +55,13 @@ class Selector(Rule):
         if not 1 <= projections <= 32:
             raise PruningError(f"a selector has 1 to 32 projections, not {projections}")
         self.hidden_size, self.num_experts, self.projections = hidden_size, num_experts, projections
-        self.projection = nn.Parameter(torch.zeros(projections, hidden_size))
-        self.sensitivity = nn.Parameter(torch.zeros(num_experts, projections))
+        # transformers changes the default dtype while it loads a model
+        zeros = partial(torch.zeros, dtype=torch.float32)
+        self.projection = nn.Parameter(zeros(projections, hidden_size))
+        self.sensitivity = nn.Parameter(zeros(num_experts, projections))
         # a cost that any price stays below
-        self.offset = nn.Parameter(torch.full((num_experts,), math.log(torch.finfo(torch.float32).max) / 2))
-        self.power = nn.Parameter(torch.tensor(_POWER))
+        self.offset = nn.Parameter(zeros(num_experts) + math.log(torch.finfo(torch.float32).max) / 2)
+        self.power = nn.Parameter(zeros(()) + _POWER)
         self._settled: dict[tuple[torch.dtype, int], bool] = {}
         self._settled_on: torch.device | None = None
 
@@ -88,6 +92,9 @@ class Selector(Rule):
         if not self.settle(hidden.device, hidden.dtype, ids.shape[-1]):
             return None
         return select_experts(hidden, ids, weights, self.costs, self.dial, renormalises)
+
+    def selection(self, device: torch.device, dtype: torch.dtype, top_k: int, renormalises: bool) -> Selection | None:
+        return Selection(self.costs, self.dial, renormalises) if self.settle(device, dtype, top_k) else None
 
     def settle(self, device: torch.device, dtype: torch.dtype, top_k: int) -> bool:
         """Whether the CUDA kernel runs for inputs of this dtype on this device. KernelError as `registry.select`."""

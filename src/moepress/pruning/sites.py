@@ -11,6 +11,7 @@ from torch import nn
 from moepress.errors import PruningError
 from moepress.graph.families import family_of
 from moepress.runtime.experts import ExpertBank
+from moepress.runtime.router import FusedRouter
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Site:
     num_experts: int
     renormalises: bool
     """Whether the router scales a token's top-k weights to a fixed sum."""
+
+    @property
+    def router(self) -> FusedRouter | None:
+        """The block's router, where its launch can decide as well which experts run."""
+        return next((child for child in self.block.children() if isinstance(child, FusedRouter)), None)
 
     @property
     def skips(self) -> bool:

@@ -15,13 +15,16 @@ from torch import nn
 
 from moepress.errors import CheckpointError
 from moepress.format.manifest import BankEntry, LinearEntry, Manifest, Stored
+from moepress.graph.view import Family
 from moepress.runtime.experts import ExpertBank
 from moepress.runtime.linear import CompressedLinear
+from moepress.runtime.router import adopt
 
 
-def install(model: nn.Module, manifest: Manifest, name_of: Callable[[str], str | None]) -> None:
-    """Replaces each compressed module. `name_of` gives a stored name's module name, or None where the model lacks it.
+def install(model: nn.Module, manifest: Manifest, family: Family, name_of: Callable[[str], str | None]) -> None:
+    """Replaces each compressed module, and has the routers of compressed experts run on kernels where there are some.
 
+    `name_of` gives a stored name's module name, or None where the model lacks it.
     Raises CheckpointError where the model's module is of another kind or shape than the checkpoint's.
     """
     for stored, linear in manifest.linears.items():
@@ -30,6 +33,7 @@ def install(model: nn.Module, manifest: Manifest, name_of: Callable[[str], str |
     for stored, bank in manifest.banks.items():
         if name := name_of(stored):
             _replace(model, name, lambda old, bank=bank, name=name: _bank(name, bank, old))
+            adopt(model, family, name)
 
 
 def check_files(stored: Stored, found: Stored) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from moepress.runtime.experts import ExpertBank
 from moepress.runtime.linear import CompressedLinear
 from moepress.runtime.packable import Packable
+from moepress.runtime.router import settle_routers
 
 
 def prepare(model: nn.Module, dtype: torch.dtype, top_k: int | None) -> bool:
@@ -17,6 +18,7 @@ def prepare(model: nn.Module, dtype: torch.dtype, top_k: int | None) -> bool:
     Without `top_k`, how many experts a token has, banks are left to their first input; so is what is on the meta
     device, where accelerate keeps what it moves in for each call. KernelError as in `Packable.settle`.
     """
+    settle_routers(model, dtype)
     all_experts = True
     for layer in _layers(model):
         if isinstance(layer, CompressedLinear) and layer.device.type != "meta":
@@ -28,6 +30,13 @@ def prepare(model: nn.Module, dtype: torch.dtype, top_k: int | None) -> bool:
 
 def compile_kernels(model: nn.Module, dtype: torch.dtype, top_k: int | None) -> None:
     """Compiles, side by side, what the layers that were settled for CUDA need; banks only with their `top_k`."""
+    if routers := settle_routers(model, dtype):
+        from moepress.kernels.cuda import router
+
+        router.warm(
+            dtype,
+            [router.needed(each.weight, each.routing, which) for each in routers for which in each.selections(dtype)],
+        )
     ready = [layer for layer in _layers(model) if layer.banks()]
     for device in {layer.device for layer in ready}:
         here = [layer for layer in ready if layer.device == device]

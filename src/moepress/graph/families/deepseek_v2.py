@@ -2,7 +2,7 @@
 """DeepSeek-V2 and V2-Lite: latent attention (a query of one or two matrices), shared experts, dense first layers."""
 
 from moepress.graph.families.common import KEPT, LAYER, attention, feed_forward
-from moepress.graph.view import Family
+from moepress.graph.view import Family, SoftmaxRouter
 
 LATENT_ATTENTION = {
     **attention("q", "q_a", "q_b", "kv_b", "o"),
@@ -20,4 +20,10 @@ FAMILY = Family(
     kept={**KEPT, f"{LAYER}.mlp.gate.weight": "router"},
     bank=f"{LAYER}.mlp.experts",
     renormalises=False,  # whatever norm_topk_prob says
+    router=SoftmaxRouter(
+        float32_weights=True,
+        float32_logits=True,
+        scaling="routed_scaling_factor",
+        only_if=(("topk_method", "greedy"),),
+    ),
 )

@@ -2,7 +2,7 @@
 """Mixtral: eight experts as w1 (gate), w3 (up), w2 (down); transformers calls the block `mlp`, the files do not."""
 
 from moepress.graph.families.common import KEPT, LAYER, attention
-from moepress.graph.view import Family
+from moepress.graph.view import Family, SoftmaxRouter
 
 _EXPERT = f"{LAYER}.block_sparse_moe.experts.{{expert}}"
 
@@ -18,4 +18,5 @@ FAMILY = Family(
     bank=f"{LAYER}.block_sparse_moe.experts",
     renames=((".block_sparse_moe.", ".mlp."),),
     renormalises=True,
+    router=SoftmaxRouter(float32_weights=True),
 )

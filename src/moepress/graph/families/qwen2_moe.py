@@ -2,7 +2,7 @@
 """Qwen1.5-MoE and Qwen2-MoE: routed experts beside one gated shared expert; some layers may be dense."""
 
 from moepress.graph.families.common import KEPT, LAYER, attention, feed_forward
-from moepress.graph.view import Family
+from moepress.graph.view import Family, SoftmaxRouter
 
 FAMILY = Family(
     model_type="qwen2_moe",
@@ -14,4 +14,5 @@ FAMILY = Family(
     },
     kept={**KEPT, f"{LAYER}.mlp.gate.weight": "router", f"{LAYER}.mlp.shared_expert_gate.weight": "router"},
     bank=f"{LAYER}.mlp.experts",
+    router=SoftmaxRouter(),
 )

@@ -2,7 +2,7 @@
 """Qwen3-MoE (30B-A3B, 235B-A22B): routed experts only; layers of `mlp_only_layers` are dense."""
 
 from moepress.graph.families.common import KEPT, LAYER, attention, feed_forward
-from moepress.graph.view import Family
+from moepress.graph.view import Family, SoftmaxRouter
 
 FAMILY = Family(
     model_type="qwen3_moe",
@@ -13,4 +13,5 @@ FAMILY = Family(
     },
     kept={**KEPT, f"{LAYER}.mlp.gate.weight": "router"},
     bank=f"{LAYER}.mlp.experts",
+    router=SoftmaxRouter(),
 )

@@ -24,11 +24,12 @@ class BankArgument(ctypes.Structure):
     )  # fmt: skip
 
 
-def structure(name: str, before: str, after: str, numbers: str) -> Any:
-    """A struct of pointers, a bank, pointers and ints, as the kernels' `Arguments` are."""
+def structure(name: str, before: str, after: str, numbers: str, floats: str = "") -> Any:
+    """A struct of pointers, a bank, pointers, ints and floats, as the kernels' `Arguments` are."""
     fields: list[tuple[str, Any]] = [(each, ctypes.c_void_p) for each in before.split()]
     fields += [("bank", BankArgument)] if after else []
     fields += [(each, ctypes.c_void_p) for each in after.split()] + [(each, ctypes.c_int) for each in numbers.split()]
+    fields += [(each, ctypes.c_float) for each in floats.split()]
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the blocks of a cluster send to the first one: into its shared memory, at the place that it has here, and a `box`, an
+// mbarrier, counts the bytes. A barrier of the cluster instead would wait for all of the GPU's memory (MEMBAR). Without a
+// cluster, and before compute capability 9.0, all of it is within the block.
+#pragma once
+#include "common.cuh"
+
+template <int CLUSTER> __device__ __forceinline__ int rank_in_cluster() {
+    u32 rank = 0;
+#if __CUDA_ARCH__ >= 900
+    if (CLUSTER > 1) asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+    return rank;
+}
+
+// All threads of all blocks, before and after which others' shared memory may be written.
+template <int CLUSTER> __device__ __forceinline__ void open_box(u64* box, int rank, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    if (CLUSTER == 1) return;
+    if (rank == 0 && threadIdx.x == 0) {
+        mbarrier_init(shared_address(box), 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        mbarrier_expect(shared_address(box), bytes);
+    }
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+template <int CLUSTER> __device__ __forceinline__ void await_open() {
+#if __CUDA_ARCH__ >= 900
+    if (CLUSTER > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+template <int CLUSTER> __device__ __forceinline__ void send(float* to, float value, u64* box) {
+#if __CUDA_ARCH__ >= 900
+    if (CLUSTER > 1) {
+        asm volatile("{.reg .u32 there, bar; mapa.shared::cluster.u32 there, %0, 0; mapa.shared::cluster.u32 bar, %1, 0; "
+                     "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], %2, [bar];}"
+                     ::"r"(shared_address(to)), "r"(shared_address(box)), "f"(value) : "memory");
+        return;
+    }
+#endif
+    *to = value;
+}
+
+// Four numbers, to an address that 16 divides.
+template <int CLUSTER> __device__ __forceinline__ void send(float* to, float4 value, u64* box) {
+#if __CUDA_ARCH__ >= 900
+    if (CLUSTER > 1) {
+        asm volatile("{.reg .u32 there, bar; mapa.shared::cluster.u32 there, %0, 0; mapa.shared::cluster.u32 bar, %1, 0; "
+                     "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%2, %3, %4, %5}, [bar];}"
+                     ::"r"(shared_address(to)), "r"(shared_address(box)), "f"(value.x), "f"(value.y), "f"(value.z),
+                     "f"(value.w) : "memory");
+        return;
+    }
+#endif
+    *reinterpret_cast<float4*>(to) = value;
+}
+
+// All threads of a block on its own; of a cluster, those that `receive`.
+template <int CLUSTER> __device__ __forceinline__ void await_parts(u64* box, bool receives) {
+#if __CUDA_ARCH__ >= 900
+    if (CLUSTER > 1) {
+        if (receives)
+            asm volatile("{.reg .pred done; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0; "
+                         "@done bra over; bra again; over:}" ::"r"(shared_address(box)) : "memory");
+        return;
+    }
+#endif
+    __syncthreads();
+}
