@@ -64,10 +64,6 @@ class RecordBank:
         return dequantize_records(self.records[which][slot], layout)
 
 
-def _listed(each: Any) -> Any:
-    return each if isinstance(each, torch.dtype) else sorted(set(each), key=repr)
-
-
 def whole(bank: RecordBank, factors: Factors | None, expert: int) -> torch.Tensor:
     """One expert's weight with its compensator."""
     weight = bank.weight(expert)
@@ -78,12 +74,13 @@ def whole(bank: RecordBank, factors: Factors | None, expert: int) -> torch.Tenso
 
 
 class Kernels(types.ModuleType):
-    """The module; `calls` are the names of what was called."""
+    """The module; `calls` are the names of what was called, `compiled` what selectors and routers asked for."""
 
     def __init__(self) -> None:
         super().__init__("moepress.kernels.cuda.run")
         self.calls: list[str] = []
         self.warmed: list[Any] = []
+        self.compiled: dict[str, set[Any]] = {}
         self.RecordBank, self.MAX_EXPERTS, self.MAX_SLOTS = RecordBank, 512, 32
 
     def why_not_linear(self, device: torch.device, dtype: torch.dtype, layout: RecordLayout) -> str | None:
@@ -173,8 +170,7 @@ def launch_route(x: torch.Tensor, weight: torch.Tensor, routing: Routing, select
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Kernels:
-    """Puts it in the place of the real module, and lets every device have kernels. `calls` has selectors and routers,
-    too, and `warmed` what is compiled for them."""
+    """Puts it in the place of the real module, and lets every device have kernels."""
     kernels = Kernels()
     for name, module, launch in (("select", select_launcher, launch_select), ("route", router_launcher, launch_route)):
 
@@ -183,7 +179,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Kernels:
             return launch(*arguments)
 
         monkeypatch.setattr(module, f"launch_{name}", noted)
-        monkeypatch.setattr(module, "warm", lambda *each, name=name: kernels.warmed.append((name, *map(_listed, each))))
+        monkeypatch.setattr(
+            module, "warm", lambda dtype, kinds, name=name: kernels.compiled.setdefault(name, set()).update(kinds)
+        )
     monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
     monkeypatch.setattr(package, "run", kernels, raising=False)
     monkeypatch.setattr(banks, "_why_not_device", lambda kind: None)

@@ -30,6 +30,9 @@ NATIVE = (
 )
 """Families that transformers has a class for."""
 FAMILIES = (*NATIVE, "deepseek")
+ROUTED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+"""Families whose routers have a kernel, whatever their configs say; deepseek_v2's has one with `GREEDY`."""
+GREEDY: dict[str, Any] = {"topk_method": "greedy", "routed_scaling_factor": 2.5}
 FUSED = ("granitemoe",)
 """Families whose files stack the experts of a layer in one tensor."""
 LAYERS, EXPERTS, VOCABULARY = 2, 4, 96

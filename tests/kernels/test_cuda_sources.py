@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moepress.format.spec import BITS
-from moepress.kernels.cuda import compiler, pack
+from moepress.kernels.cuda import compiler, pack, router
 from moepress.kernels.cuda.compiler import Request
 from moepress.kernels.cuda.select import SOURCE, select_instance
 from moepress.kernels.records import RecordLayout
@@ -54,6 +54,14 @@ def test_kernels_compile(every: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
     packed = [RecordLayout(64, columns, bits, 64) for bits in BITS for columns in COLUMNS.values()]
     requests += [Request(pack.SOURCE, pack.pack_instance(each.bits, each), "sm_90a") for each in packed]
     requests += [Request(pack.SOURCE, pack.pack_instance(8, each), "sm_90a") for each in packed if each.bits in (3, 4)]
+    routers = [
+        router.route_instance(dtype, router.Kind(experts, projections, wide))
+        for dtype, experts, projections, wide in (
+            (torch.bfloat16, 8, 8, False), (torch.bfloat16, 128, 0, False), (torch.float16, 128, 8, False),
+            (torch.bfloat16, 256, 8, True), (torch.float16, 512, 32, False), (torch.bfloat16, 60, 1, False),
+        )
+    ]  # fmt: skip
+    requests += [Request(router.SOURCE, instance, "sm_90a") for instance in routers]
     # what selectors, packing and the decode body need is there from Ampere on
     decode = [each for each in requests if each.source in ("gemv.cu", SOURCE, pack.SOURCE)]
     requests += [replace(each, arch=arch) for each in decode for arch in ("sm_80", "sm_89")]

@@ -103,6 +103,22 @@ def test_a_base_model_is_pruned_too(pruned: Folders, family: str) -> None:
     assert len(rules_of(model)) == len(moe_sites(model)) and not torch.equal(logits(model), logits(whole))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rules_keep_float32_in_a_model_of_another_dtype(sources: Folders, tmp_path: Path, dtype: torch.dtype) -> None:
+    plain = load(sources("mixtral", True))
+    makers = (selector, lambda: Odp(MU, 0.5), lambda: Threshold(MU), lambda: Chance(64, 2, 0.3, seed=1))
+    for number, make in enumerate(makers):
+        rules = {site.name: make() for site in moe_sites(plain)}
+        publish_pruned(sources("mixtral", True), tmp_path / str(number), rules)
+        folder = tmp_path / str(number)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+        for found, wanted in zip(rules_of(model), rules.values(), strict=True):
+            own, others = ({**dict(rule.named_parameters()), **dict(rule.named_buffers())} for rule in (found, wanted))
+            assert own.keys() == others.keys() and {tensor.dtype for tensor in own.values()} == {torch.float32}
+            assert all(torch.equal(tensor, others[name]) for name, tensor in own.items())
+        assert torch.isfinite(logits(model)).all()
+
+
 def test_the_loader_of_the_command_line(pruned: Folders, sources: Folders) -> None:
     folder = shutil.copytree(pruned("mixtral", True), pruned("mixtral", True).parent / "with-tokenizer")
     demo = Path(moepress.__file__).parent / "demo" / "model"

@@ -117,7 +117,8 @@ class Chance(WeightRule):
             raise PruningError(f"a share of {share:g} cannot be dropped: {top_k} experts a token allow 0 to {limit:g}")
         self.hidden_size, self.top_k, self.share, self.strongest, self.seed = hidden_size, top_k, share, strongest, seed
         generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("directions", torch.randn(hidden_size, top_k, generator=generator), persistent=False)
+        directions = torch.randn(hidden_size, top_k, generator=generator, dtype=torch.float32)
+        self.register_buffer("directions", directions, persistent=False)
 
     def settings(self) -> dict[str, Any]:
         names = ("hidden_size", "top_k", "share", "strongest", "seed")
