@@ -20,7 +20,8 @@ from moepress.pruning.selector import Selector
 from moepress.pruning.sites import moe_sites
 from moepress.pruning.stored import publish_pruned
 from moepress.runtime.experts import ExpertBank
-from tiny import NATIVE, tokens
+from moepress.runtime.router import routers_of
+from tiny import NATIVE, ROUTED, tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -104,6 +105,41 @@ def test_the_device_decides_as_the_cpu_does(pressed: Callable[..., Path], make: 
         on_cpu = rule(*routed)
         rule.cuda()
         assert (rule(*(each.cuda() for each in routed)).cpu() == on_cpu).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("family", ROUTED)
+def test_the_routers_launch_decides_as_the_hook_does(pressed: Callable[..., Path], family: str) -> None:
+    model = load(pressed(family, method="rtn", group_size=32))
+    attach(model, selectors(model))
+    found, counts = generate(model)
+    for router in routers_of(model):
+        router.select_by(None)
+    wanted, others = generate(model)
+    # sums in other orders, and a decision that is nearly tied changes all that follows in its sequence
+    assert (found == wanted).float().mean() > 0.9
+    assert (counts.tokens_by_kept - others.tokens_by_kept).abs().sum() <= 0.1 * counts.tokens_by_kept.sum()
+    assert 0 < counts.dropped <= 0.5
+
+
+def test_the_dial_in_a_captured_block_whose_router_decides(pressed: Callable[..., Path]) -> None:
+    model = load(pressed("qwen3_moe", method="rtn", group_size=32))
+    attach(model, selectors(model))
+    site = moe_sites(model)[0]
+    assert site.router is not None
+    x = torch.randn(1, 5, 64, device="cuda").bfloat16()
+    with torch.no_grad(), counting(model, 9) as read:
+        pruned = site.block(x).clone()
+        with disabled(model):
+            whole = site.block(x).clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = site.block(x)
+        before = read().tokens_by_kept[0]
+        graph.replay()
+        assert torch.equal(y, pruned) and (read().tokens_by_kept[0] - before).sum() == 5
+        moepress.set_pruning_dial(model, -1.0)
+        graph.replay()
+        assert torch.equal(y, whole) and not torch.equal(y, pruned)
 
 
 def test_pruning_never_waits_for_the_device(pressed: Callable[..., Path]) -> None:

@@ -43,7 +43,8 @@ def selectors(model: Any) -> list[Rule]:
             for parameter in rule.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
             rule.projection.div_(8)
-            rule.offset.add_(1)
+            rule.power.fill_(0.5)
+            rule.offset.add_(2)
         made.append(rule.requires_grad_(False))
     return made
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 import moepress
 from moepress.kernels import registry
 from moepress.runtime.packable import Packable
-from tiny import CONFIGS, EXPERTS, NATIVE, read_all, tokens
+from moepress.runtime.router import routers_of
+from tiny import CONFIGS, EXPERTS, NATIVE, ROUTED, read_all, tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -113,6 +114,21 @@ def test_generate_with_a_static_cache(pressed: Callable[..., Path], family: str)
     spread, scores[..., 2] = scores.std(), -torch.inf  # min_new_tokens forbids the end of the text
     taken = scores.gather(-1, found[:, 9:, None])[..., 0]
     assert (scores.max(-1).values - taken).max() <= 0.05 * spread, "not greedy"
+
+
+@pytest.mark.parametrize("family", ROUTED)
+def test_routers_on_kernels_give_the_tokens_of_transformers_own(pressed: Callable[..., Path], family: str) -> None:
+    model = load(pressed(family, method="rtn", group_size=32), dtype=torch.float16)
+    ids = tokens().cuda()
+    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    found = model.generate(ids, **arguments)
+    with torch.no_grad():
+        logits = model(ids, output_router_logits=True).router_logits
+    assert len(logits) == len(routers_of(model)) and all(each.shape == (ids.numel(), EXPERTS) for each in logits)
+    for router in routers_of(model):
+        router.__class__ = type(router).__mro__[2]
+    # a logit that rounds otherwise sends a token to another expert where two are nearly tied
+    assert (model.generate(ids, **arguments) == found).float().mean() > 0.9
 
 
 def test_a_model_that_is_moved(pressed: Callable[..., Path], tmp_path: Path) -> None:
