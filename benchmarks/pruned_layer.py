@@ -8,15 +8,16 @@ Both as a share of the whole layer's time, timed as `moepress bench` does: CUDA 
 dropped     each copy of the weights has a routing of its own; of all of them together `--share` of the activations is
             dropped, a token's last choices at random, one kept. Bytes saved are those of experts that nobody chose any
             more, so with many tokens there is little to save. Aim: 0.8 of the bytes saved.
-selectors   a layer behind a selector that keeps all (its dial is -1), by the CUDA kernel and by torch's operations,
-            beside the same layer without. Aim: 3 % of it.
+router      its one kernel, and the operations of transformers' routers (kernels/router/reference.py), in microseconds.
+selectors   router and experts with a selector that keeps all (its dial is -1), beside the same without: in the router's
+            launch, and by torch's operations behind the router's operations. Aim: 3 % of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -30,10 +31,16 @@ from moepress.bench.ours import layouts_of, make_bank
 from moepress.bench.problems import LAYERS, Draw, Problem
 from moepress.kernels import registry
 from moepress.kernels.experts.cuda import packed_experts
+from moepress.kernels.router.cuda import route_tokens
+from moepress.kernels.router.reference import Routing, route
 from moepress.pruning.rule import prune
 from moepress.pruning.selector import Selector
 
-NAMES = ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-moe-16b")
+ROUTERS = {
+    "mixtral-8x7b": Routing(2, True, float32_weights=True),
+    "qwen3-30b-a3b": Routing(8, True),
+    "deepseek-moe-16b": Routing(6, False, float32_weights=True, float32_logits=True),
+}
 LEAST_COPIES = 20
 """So that a few tokens' routing is many tokens' on average."""
 
@@ -71,18 +78,47 @@ class Layer:
         self.banks = [
             [make_bank(problem, matrix, 0, copy, clock.device) for matrix in range(2)] for copy in range(copies)
         ]
+        experts, _, hidden, _ = problem.shape
+        generator = torch.Generator().manual_seed(1)
+        drawn = (torch.randn(experts, hidden, generator=generator) / hidden**0.5 for _ in range(copies))
+        self.routers = [each.to(clock.device, problem.torch_dtype) for each in drawn]
+        self.routing = ROUTERS[problem.name]
 
-    def time(self, ids: Sequence[torch.Tensor], rules: Sequence[Selector | None]) -> float:
-        """Median microseconds of a layer with these ids, each behind a rule if there is one."""
-        calls = [partial(self._run, *each) for each in zip(self.draws, self.banks, ids, rules, strict=True)]
+    def time(self, ids: Sequence[torch.Tensor]) -> float:
+        """Median microseconds of the experts with these ids."""
+        return self._time(partial(self._experts, *each) for each in zip(self.draws, self.banks, ids, strict=True))
+
+    def time_router(self, fused: bool) -> float:
+        """The same of the router."""
+        each = zip(self.draws, self.routers, strict=True)
+        return self._time(partial(self._route, draw, weight, None, fused) for draw, weight in each)
+
+    def time_block(self, rules: Sequence[Selector | None], fused: bool) -> float:
+        """The same of the router and the experts, with a rule between them if there is one."""
+        each = zip(self.draws, self.banks, self.routers, rules, strict=True)
+        return self._time(partial(self._block, *those, fused) for those in each)
+
+    def _time(self, calls: Iterable[Callable[[], torch.Tensor]]) -> float:
         with torch.no_grad():
-            return median(self.clock.replay(self.clock.record(calls), self.seconds))
+            return median(self.clock.replay(self.clock.record(list(calls)), self.seconds))
 
-    def _run(self, draw: Draw, banks: Sequence[Any], ids: torch.Tensor, rule: Selector | None) -> torch.Tensor:
-        weights = draw.weights
-        if rule is not None:
-            ids, weights = prune(rule, draw.x, ids, weights, False, skips=True)
+    def _experts(self, draw: Draw, banks: Sequence[Any], ids: torch.Tensor, weights: torch.Tensor | None = None) -> Any:
+        weights = draw.weights if weights is None else weights
         return packed_experts(draw.x, ids, weights, *banks, self.problem.shape[3])
+
+    def _route(self, draw: Draw, weight: torch.Tensor, rule: Selector | None, fused: bool) -> Any:
+        if not fused:
+            _, weights, ids = route(draw.x, weight, self.routing)
+            return (ids, weights) if rule is None else prune(rule, draw.x, ids, weights, False, skips=True)
+        dtype, top_k = draw.x.dtype, self.routing.top_k
+        selection = None if rule is None else rule.selection(self.clock.device, dtype, top_k, renormalises=False)
+        _, weights, ids = route_tokens(draw.x, weight, self.routing, selection)
+        return ids, weights
+
+    def _block(
+        self, draw: Draw, banks: Sequence[Any], weight: torch.Tensor, rule: Selector | None, fused: bool
+    ) -> torch.Tensor:
+        return self._experts(draw, banks, *self._route(draw, weight, rule, fused))
 
     def selectors(self) -> list[Selector]:
         """One for each copy, which keeps all and still computes."""
@@ -98,18 +134,21 @@ class Layer:
 def figures(layer: Layer, share: float) -> Iterator[Figure]:
     name = f"{layer.problem.name} T={layer.problem.tokens}"
     whole, nobody = [draw.ids for draw in layer.draws], [None] * len(layer.draws)
-    alone = layer.time(whole, nobody)
+    alone = layer.time(whole)
     fewer = dropped_ids(layer.draws, share, seed=0)
-    after, saved = layer.time(fewer, nobody), 1 - hit(fewer) / hit(whole)
+    after, saved = layer.time(fewer), 1 - hit(fewer) / hit(whole)
     baseline, note = f"{saved:.4f} of the bytes; at least 0.8 of that", f"{alone:.2f} us, dropped {after:.2f} us"
     yield Figure(f"{name} at {share:.0%} dropped", 1 - after / alone, "of the time saved", baseline, note)
     for kernel in (registry.CUDA, registry.REFERENCE):
-        rules = layer.selectors()
+        fused, rules = kernel == registry.CUDA, layer.selectors()
+        label = "cuda" if fused else "torch operations"
+        yield Figure(f"{name} router, {label}", layer.time_router(fused), "us")
+        block = layer.time_block(nobody, fused)
         os.environ[registry.OVERRIDE] = kernel  # read when a selector meets its first input
-        decided = layer.time(whole, rules)
+        decided = layer.time_block(rules, fused)
         del os.environ[registry.OVERRIDE]
-        yield Figure(f"{name} selectors, {kernel}", decided / alone - 1, "of the layer's time", "at most 0.03",
-                     f"{alone:.2f} us, with selectors {decided:.2f} us")  # fmt: skip
+        yield Figure(f"{name} selectors, {kernel}", decided / block - 1, "of router and experts", "at most 0.03",
+                     f"{block:.2f} us, with selectors {decided:.2f} us")  # fmt: skip
 
 
 def main() -> None:
@@ -121,7 +160,7 @@ def main() -> None:
     given = parser.parse_args()
     clock = CudaClock(torch.device("cuda", torch.cuda.current_device()))
     machine, found = clock.machine(), []
-    for name in NAMES:
+    for name in ROUTERS:
         for tokens in given.tokens:
             layer = Layer(Problem("moe", LAYERS[name], tokens, name=name), clock, machine, given.seconds)
             for each in figures(layer, given.share):
