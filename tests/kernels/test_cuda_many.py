@@ -223,10 +223,12 @@ def test_places_are_those_of_a_stable_sort(pairs: int, experts: int) -> None:
     generator = torch.Generator().manual_seed(pairs)
     ids = torch.randint(-1, experts + 1, (pairs, 1), generator=generator).cuda()
     x = torch.randn(pairs, 72, generator=generator).to("cuda", torch.bfloat16)
-    rows, route = many.sort_rows(x, ids, bank, plain=True, in_bytes=True)
+    weights = torch.rand(pairs, 1, generator=generator).cuda()
+    rows, route = many.sort_rows(x, ids, weights, bank, plain=True, in_bytes=True)
     runs = (ids[:, 0] >= 0) & (ids[:, 0] < experts)
     order = torch.where(runs, ids[:, 0], experts).sort(stable=True).indices[: runs.sum()]
     assert torch.equal(route.pairs[: len(order)].long(), order)
+    assert torch.equal(route.weights[: len(order)], weights[order, 0])
     counts = torch.bincount(ids[runs, 0], minlength=experts)
     assert route.first.tolist() == [0, *counts.cumsum(0).tolist()]
     assert rows.plain is not None and rows.bytes is not None and rows.sums is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -65,13 +65,33 @@ def logits(model: Any) -> torch.Tensor:
         return model(tokens().to(model.device)).logits.double().cpu()
 
 
-def generate(model: Any, **arguments: Any) -> tuple[torch.Tensor, Counts]:
+class Generated(NamedTuple):
+    tokens: torch.Tensor
+    """[2, 21]: nine given and twelve new."""
+    logits: torch.Tensor
+    """float32 [2, 12, vocabulary]."""
+    counts: Counts
+
+
+def generate(model: Any, **arguments: Any) -> Generated:
     ids = tokens().cuda()
     with counting(model, 32) as read:
         found = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, min_new_tokens=12, do_sample=False, **arguments
-        )
-        return found.cpu(), read()
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, min_new_tokens=12, do_sample=False,
+            output_logits=True, return_dict_in_generate=True, **arguments,
+        )  # fmt: skip
+        return Generated(found.sequences.cpu(), torch.stack(found.logits, 1).float().cpu(), read())
+
+
+def check_same(found: Generated, wanted: Generated) -> None:
+    """The same tokens and decisions; a sequence may part where the two best tokens were as good as equal."""
+    if torch.equal(found.tokens, wanted.tokens):
+        assert torch.equal(found.counts.kept_at, wanted.counts.kept_at)
+    assert torch.equal(found.counts.tokens_at, wanted.counts.tokens_at)
+    for one, other, logits in zip(found.tokens[:, 9:], wanted.tokens[:, 9:], wanted.logits, strict=True):
+        for step in (one != other).nonzero()[:1, 0].tolist():
+            best = logits[step].topk(2).values
+            assert best[0] - best[1] < 0.02 * logits[step].abs().max(), f"parted at step {step}"
 
 
 @RULES
@@ -111,10 +131,10 @@ def test_the_device_decides_as_the_cpu_does(pressed: Callable[..., Path], make: 
 def test_the_routers_launch_decides_as_the_hook_does(pressed: Callable[..., Path], family: str) -> None:
     model = load(pressed(family, method="rtn", group_size=32))
     attach(model, selectors(model))
-    found, counts = generate(model)
+    found, _, counts = generate(model)
     for router in routers_of(model):
         router.select_by(None)
-    wanted, others = generate(model)
+    wanted, _, others = generate(model)
     # sums in other orders, and a decision that is nearly tied changes all that follows in its sequence
     assert (found == wanted).float().mean() > 0.9
     assert (counts.tokens_by_kept - others.tokens_by_kept).abs().sum() <= 0.1 * counts.tokens_by_kept.sum()
@@ -168,13 +188,11 @@ def test_generate_with_a_static_cache_and_graphs(
     # in float16 graphs round closely enough to eager steps for the same tokens and the same decisions
     model = load(pressed(family, method="rtn", group_size=32), dtype=torch.float16)
     attach(model, make(model))
-    wanted, eager = generate(model, cache_implementation="static", disable_compile=True)
-    assert wanted.shape == (2, 21) and 0 < eager.dropped < 0.5
-    assert eager.tokens_at[0].tolist() == [2] * 20 + [0] * 12
+    eager = generate(model, cache_implementation="static", disable_compile=True)
+    assert eager.tokens.shape == (2, 21) and 0 < eager.counts.dropped < 0.5
+    assert eager.counts.tokens_at[0].tolist() == [2] * 20 + [0] * 12
     if family in COMPILED:
-        found, compiled = generate(model, cache_implementation="static", disable_compile=False)
-        assert torch.equal(found, wanted)
-        assert torch.equal(compiled.kept_at, eager.kept_at) and torch.equal(compiled.tokens_at, eager.tokens_at)
+        check_same(generate(model, cache_implementation="static", disable_compile=False), eager)
 
 
 def test_a_captured_graph_obeys_the_dial_and_counts(pressed: Callable[..., Path]) -> None:

@@ -2,7 +2,7 @@
 """What is timed: one layer of a shape at a token count, what it must read and compute, and its random inputs.
 
 Counts are those of a perfect kernel: the weights of the experts hit once, the input read, the intermediate written and
-read, the output written, activations of two bytes; 2 FLOP a multiplication. A routing is drawn once for a problem, so
+read, the output written, activations of two bytes; 2 FLOP a multiplication. A routing is chosen once for a problem, so
 every contender and every copy of the weights does the same work. Shared experts are not counted.
 """
 
@@ -26,6 +26,8 @@ LAYERS = {
 """Routed experts of one layer: experts E, chosen for a token k, hidden size H, inner size I."""
 
 _ACTIVATION_BYTES = 2
+_ROUTINGS = 16
+"""Drawn for a problem, of which one is taken."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +110,20 @@ class Problem:
         return factor_bits * self.rank * sum(n + k for n, k in self.matrices) / self.weights
 
     def draw(self, seed: int, device: torch.device | str) -> Draw:
-        """Standard normal x and uniform, independent routing, the same on every machine."""
+        """Standard normal x and uniform, independent routing, the same on every machine.
+
+        With few tokens a routing may hit many experts or few, which decides how long it takes: of some, the first that
+        hits as many as are hit on average, or nearly.
+        """
         generator = torch.Generator().manual_seed(seed)
         width = self.shape[2] if self.moe else self.shape[1]
         x = torch.randn(self.tokens, width, generator=generator).to(device, self.torch_dtype)
         if not self.moe:
             return Draw(x)
-        scores = torch.rand(self.tokens, self.experts, generator=generator)
-        top = scores.topk(self.shape[1], dim=1)
+        experts, chosen = self.shape[:2]
+        average = experts * (1 - (1 - chosen / experts) ** self.tokens)
+        draws = (torch.rand(self.tokens, experts, generator=generator).topk(chosen, dim=1) for _ in range(_ROUTINGS))
+        top = min(draws, key=lambda drawn: abs(len(drawn.indices.unique()) - round(average)))
         return Draw(x, top.indices.to(device), torch.softmax(top.values, dim=1).to(device))
 
     def title(self) -> str:

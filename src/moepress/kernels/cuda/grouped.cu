@@ -26,11 +26,10 @@ struct Arguments {
     Bank bank;              // PLAIN: experts without records are left out, and their rows of y as they are
     const int* first;       // [num_experts + 1] first sorted pair of each expert; DENSE null
     const int* pairs;       // [pairs] token * slots + slot, sorted by expert; DENSE null
-    const void* weights;    // DOWN [tokens * slots], float32 where weights_wide, else as x
+    const float* weights;   // DOWN [pairs], sorted as they are
     const u16* addend;      // GATE_UP [pairs, rows of W], before SiLU; DOWN [pairs, n], before weights; or null
     const Expert* added_to;  // experts without records here have no addend; null: all have
     NextBytes next;         // GATE_UP
-    int weights_wide;
     int tokens, slots, num_experts;
     int n, ld;              // columns of y and elements from row to row; GATE_UP: the intermediate size, half of W's rows
     int records;            // of a row block
@@ -49,9 +48,11 @@ struct alignas(64) TensorMap {
     u8 opaque[128];
 };
 
-// One tile of work: an expert, a range of its sorted pairs, a range of row blocks; PLAIN: a part of the columns.
-struct Work {
-    int expert, token, tokens, row_block, split;
+// One tile of work: an expert, a range of its sorted pairs, a range of row blocks; PLAIN: a part of the columns. The producer
+// finds it and leaves it with the tile's first stage: found by every warp it took a third of the instructions of short K.
+struct alignas(16) Work {
+    int expert;  // -1: no more
+    int token, tokens, row_block, split, bits, centre, unused;
 
     template <int MODE> __device__ int first_record(const Arguments& p) const {
         return MODE == PLAIN ? split * p.split_records : 0;
@@ -67,15 +68,14 @@ template <int NT, int MI> constexpr int NARROW = MI == 1 ? NT : NT == 128 ? 96 :
 // Tiles in order: expert, row tile, token tile; so that blocks at work together share an expert's records in L2. An
 // expert's tokens are shared out evenly.
 template <int NT, int TILE_BLOCKS, int MODE> struct Schedule {
-    const int* tiles;  // [num_experts + 1] token tiles before each expert
-    const int* first;
+    const int *tiles, *first;  // [num_experts + 1] token tiles and pairs before each expert
     int row_tiles, total, num_experts, all_tokens, splits;
 
     __device__ Work at(int index) const {
         if constexpr (MODE == DENSE) {
             const int token_tiles = (all_tokens + NT - 1) / NT, tile = index % token_tiles;
             const int start = share(all_tokens, tile, token_tiles);
-            return {0, start, share(all_tokens, tile + 1, token_tiles) - start, index / token_tiles * TILE_BLOCKS, 0};
+            return {0, start, share(all_tokens, tile + 1, token_tiles) - start, index / token_tiles * TILE_BLOCKS};
         }
         int low = 0, high = num_experts;  // the last expert whose tiles begin at or before this one
         while (high - low > 1) {
@@ -408,19 +408,31 @@ __device__ __forceinline__ void store_bytes(const Arguments& p, const Work& work
     sums[0] = bytes.scale, sums[1] = bytes.sum;
 }
 
-// Token tiles before each expert, by one warp.
-template <int NT, int MODE> __device__ __forceinline__ void count_tiles(const Arguments& p, int* tiles, int lane) {
+// Token tiles and pairs before each expert, by one warp, which asks for all of them at once.
+template <int NT, int MODE> __device__ __forceinline__ void count_tiles(const Arguments& p, int* tiles, int* first, int lane) {
+    constexpr int BATCH = 4;
     int before = 0;
-    for (int e = lane; e - lane < p.num_experts; e += WARP) {
-        const bool runs = e < p.num_experts && (MODE != PLAIN || p.bank.expert(e).records);
-        int sum = runs ? (p.first[e + 1] - p.first[e] + NT - 1) / NT : 0;
+    for (int from = lane; from - lane < p.num_experts; from += BATCH * WARP) {
+        int begin[BATCH], end[BATCH];
+        bool runs[BATCH];
 #pragma unroll
-        for (int step = 1; step < WARP; step *= 2) {
-            const int left = __shfl_up_sync(~0u, sum, step);
-            if (lane >= step) sum += left;
+        for (int i = 0; i < BATCH; ++i) {
+            const int e = from + i * WARP;
+            begin[i] = e <= p.num_experts ? p.first[e] : 0, end[i] = e < p.num_experts ? p.first[e + 1] : 0;
+            runs[i] = e < p.num_experts && (MODE != PLAIN || p.bank.expert(e).records);
         }
-        if (e < p.num_experts) tiles[e + 1] = before + sum;
-        before += __shfl_sync(~0u, sum, WARP - 1);
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const int e = from + i * WARP;
+            int sum = runs[i] ? (end[i] - begin[i] + NT - 1) / NT : 0;
+#pragma unroll
+            for (int step = 1; step < WARP; step *= 2) {
+                const int left = __shfl_up_sync(~0u, sum, step);
+                if (lane >= step) sum += left;
+            }
+            if (e < p.num_experts) tiles[e + 1] = before + sum, first[e] = begin[i], first[e + 1] = end[i];
+            before += __shfl_sync(~0u, sum, WARP - 1);
+        }
     }
     if (lane == 0) tiles[0] = 0;
 }
@@ -428,14 +440,15 @@ template <int NT, int MODE> __device__ __forceinline__ void count_tiles(const Ar
 // Keeps the ring full with the stages of this block's tiles. One warp, of which lane 0 asks for copies.
 template <typename C, int B, int MAX_B, int U, int G, int NT, int MODE, int MI, int WGS, int KW, typename S>
 __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, const TensorMap& x_map, const TensorMap& other_map,
-                                        u32 ring, u32 bars, int lane) {
+                                        Work* works, u32 ring, u32 bars, int lane) {
     constexpr u32 STAGE = C::stage_bytes(MAX_B);
     const u64 policy = evict_first();
     int stage = 0;
     u32 phase = 1;
     for (int index = blockIdx.x; index < schedule.total; index += gridDim.x) {
-        const Work work = schedule.at(index);
+        Work work = schedule.at(index);
         const Expert e = p.bank.expert(work.expert);
+        work.bits = e.word_bits, work.centre = e.centre;
         const u32 size = Record<U, G>::bytes(B ? B : e.word_bits);
         const int groups = min(MI * WGS, (p.row_blocks - work.row_block + 3) / 4);
         const u8* from = e.records + (u64)work.row_block * p.records * size;
@@ -446,6 +459,7 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
             const u32 full = bars + 16 * stage, to = ring + stage * STAGE, bytes = min(KW, end - record) * 4 * size;
             mbarrier_wait(full + 8, phase);
             if (lane == 0) {
+                if (record == first) works[stage] = work;
                 mbarrier_expect(full, groups * bytes + x_bytes + (C::BYTES ? KW * NT * C::SUM_BYTES : 0));
                 tensor_copy(to, narrow ? &other_map : &x_map, 0, work.token, record * U, full);
                 for (int i = 0; i < groups; ++i)
@@ -456,6 +470,8 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
             if (++stage == p.stages) stage = 0, phase ^= 1;
         }
     }
+    mbarrier_wait(bars + 16 * stage + 8, phase);
+    if (lane == 0) works[stage].expert = -1, mbarrier_arrive(bars + 16 * stage);
 }
 
 template <int N> struct Size {
@@ -491,7 +507,8 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
     constexpr u32 STAGE = C::stage_bytes(MAX_B);
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ __align__(8) u64 bar[2 * 16];
-    __shared__ int tiles[MODE == DENSE ? 1 : MAX_EXPERTS + 1];
+    __shared__ Work works[16];
+    __shared__ int tiles[MODE == DENSE ? 1 : MAX_EXPERTS + 1], firsts[MODE == DENSE ? 1 : MAX_EXPERTS + 1];
     __shared__ __align__(16) u8 corners[WGS * 4][(NT < 32 ? NT : 32) * 32];
     constexpr bool BYTES_NEXT = MODE == GATE_UP && C::BYTES && C::H_UNITS > 0;
     __shared__ Columns all_columns[2][MODE == DOWN ? NT : 1];            // of this tile and the next
@@ -506,18 +523,18 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
     }
     await_producers();
     allow_dependents();
+    if (MODE != DENSE && thread < WARP) count_tiles<NT, MODE>(p, tiles, firsts, lane);
+    __syncthreads();
     Schedule<NT, C::ROW_BLOCKS, MODE> schedule;
     schedule.row_tiles = (p.row_blocks + C::ROW_BLOCKS - 1) / C::ROW_BLOCKS * (MODE == PLAIN ? p.splits : 1);
-    schedule.first = p.first, schedule.tiles = tiles, schedule.num_experts = p.num_experts, schedule.all_tokens = p.tokens;
+    schedule.first = firsts, schedule.tiles = tiles, schedule.num_experts = p.num_experts, schedule.all_tokens = p.tokens;
     schedule.splits = p.splits;
-    if (MODE != DENSE && thread < WARP) count_tiles<NT, MODE>(p, tiles, lane);
-    __syncthreads();
     schedule.total = schedule.row_tiles * (MODE == DENSE ? (p.tokens + NT - 1) / NT : tiles[p.num_experts]);
 
     if (thread >= C::CONSUMERS) {  // producer
         if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (thread >= C::CONSUMERS + WARP) return;
-        produce<C, B, MAX_B, U, G, NT, MODE, MI, WGS, KW>(p, schedule, x_map, other_map, ring, bars, lane);
+        produce<C, B, MAX_B, U, G, NT, MODE, MI, WGS, KW>(p, schedule, x_map, other_map, works, ring, bars, lane);
     } else {  // consumers
         if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         // through a shuffle, so that the compiler knows it to be the same for the whole warp, and with it the addresses of
@@ -526,16 +543,14 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
         int stage = 0;
         u32 phase = 0;
         int turn = 0;
-        for (int index = blockIdx.x; index < schedule.total; index += gridDim.x, turn ^= 1) {
-            const Work work = schedule.at(index);
-            Columns* columns = all_columns[turn];
-            if (MODE == DOWN && thread < NT && thread < work.tokens) {
-                const int row = p.pairs[work.token + thread];
-                columns[thread].row = row;
-                columns[thread].weight = p.weights_wide ? ((const float*)p.weights)[row] : widen<BF16>(((const u16*)p.weights)[row]);
-            }
-            const Expert expert = p.bank.expert(work.expert);
-            const int bits = B ? B : expert.word_bits, records = work.template records<MODE>(p);
+        for (;; turn ^= 1) {
+            mbarrier_wait(bars + 16 * stage, phase);
+            const Work work = works[stage];
+            if (work.expert < 0) return;
+            Columns *columns = all_columns[turn], column;
+            const bool has_column = MODE == DOWN && thread < NT && thread < work.tokens;
+            if (has_column) column = {p.pairs[work.token + thread], p.weights[work.token + thread]};
+            const int bits = B ? B : work.bits, records = work.template records<MODE>(p);
             const bool adds = p.addend && (!p.added_to || p.added_to[work.expert].records);
             uint4* octets = BYTES_NEXT && p.next.bytes ? all_octets[turn] : nullptr;
             // sums live and end inside: shared by both sizes they made the compiler wait for every product
@@ -551,7 +566,7 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
     accumulate_bytes<W, U, G, WGS, KW, C>(acc, ring, STAGE, C::sums_at(MAX_B), bars, p.stages, stage, phase, records, wg, kw, \
                                           lane, warp)
                 if constexpr (!C::BYTES) {
-                    accumulate<B, MAX_B, U, G, BF16, NT, N, MI, WGS, KW>(WHERE, bits, expert.centre);
+                    accumulate<B, MAX_B, U, G, BF16, NT, N, MI, WGS, KW>(WHERE, bits, work.centre);
                 } else {
                     if constexpr (B) CODES(B);
                     else if (bits == 1) CODES(1);
@@ -562,6 +577,7 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
                 }
 #undef CODES
 #undef WHERE
+                if (has_column) columns[thread] = column;  // not before: they are still on their way
                 if constexpr (KW > 1) add_columns<N, MI, WGS, KW, C::CONSUMERS>(acc, sums, wg, kw, thread);
                 if (KW == 1 && MODE == DOWN) named_barrier(1, C::CONSUMERS);  // columns are there
                 if (kw > 0) return;

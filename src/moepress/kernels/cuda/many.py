@@ -26,9 +26,10 @@ PLACE_PAIRS, PLACE_SLOTS, PLACE_WARPS = 2048, 32, 8
 _Grouped = structure(
     "_Grouped", "y bias", "first pairs weights addend added_to next_bytes next_sums",
     "next_units next_record_units next_segments next_floats "
-    "weights_wide tokens slots num_experts n ld records row_blocks stages splits split_records",
+    "tokens slots num_experts n ld records row_blocks stages splits split_records",
 )  # fmt: skip
-_Sort = structure("_Sort", "ids first sorted", "", "ids_wide count num_experts")
+_Sort = structure("_Sort", "ids weights first sorted sorted_weights", "", "ids_wide weight_type count num_experts")
+_WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _RowsOut = structure("_RowsOut", "rows bytes sums", "", "count units record_units sum_floats")
 _Combine = structure("_Combine", "parts y ids", "", "ids_wide slots num_experts n tokens")
 
@@ -42,8 +43,9 @@ class _Prepare(ctypes.Structure):
 
 class _Place(ctypes.Structure):
     _fields_ = (
-        ("x", ctypes.c_void_p), ("ids", ctypes.c_void_p), ("first", ctypes.c_void_p), ("pairs", ctypes.c_void_p),
-        ("out", _RowsOut), ("ids_wide", ctypes.c_int), ("tokens", ctypes.c_int), ("slots", ctypes.c_int),
+        ("x", ctypes.c_void_p), ("ids", ctypes.c_void_p), ("weights", ctypes.c_void_p), ("first", ctypes.c_void_p),
+        ("pairs", ctypes.c_void_p), ("sorted_weights", ctypes.c_void_p), ("out", _RowsOut), ("ids_wide", ctypes.c_int),
+        ("weight_type", ctypes.c_int), ("tokens", ctypes.c_int), ("slots", ctypes.c_int),
         ("num_experts", ctypes.c_int), ("k", ctypes.c_int),
     )  # fmt: skip
 
@@ -83,6 +85,8 @@ class Route(NamedTuple):
     """int32 [E + 1]: the first pair of each expert, and how many pairs there are."""
     pairs: torch.Tensor
     """int32 [P]: token * slots + slot."""
+    weights: torch.Tensor
+    """float32 [P], in the same order."""
     slots: int
 
     @property
@@ -122,7 +126,7 @@ def run_many(
     tile, stages = find_tile(x, down, "DOWN", choose.expert_tiles(down.shape, each))
 
     plain = not up_tile.takes_bytes or gate_up_factors is not None
-    rows, route = sort_rows(x, ids, gate_up, plain=plain, in_bytes=up_tile.takes_bytes)
+    rows, route = sort_rows(x, ids, weights, gate_up, plain=plain, in_bytes=up_tile.takes_bytes)
     made = tile.takes_bytes and up_tile.makes_bytes
     plain = not made or down_factors is not None
     h = Rows.empty(x, pairs, down, plain=plain, in_bytes=made)
@@ -139,7 +143,7 @@ def run_many(
     addend = compensate(h.plain, down_factors, tokens, route)
     parts = x.new_empty(pairs, x.shape[1])
     operands = h, parts, down, x.shape[1], tokens
-    grouped("DOWN", tile, stages, *operands, route=route, weights=weights, addend=addend)
+    grouped("DOWN", tile, stages, *operands, route=route, addend=addend)
     combine(parts, ids, len(down.where), y)
 
 
@@ -169,25 +173,24 @@ def multiply(x: torch.Tensor, bank: RecordBank, columns: int, tokens: int, route
 
 
 def sort_rows(
-    x: torch.Tensor, ids: torch.Tensor, bank: RecordBank, *, plain: bool, in_bytes: bool
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, bank: RecordBank, *, plain: bool, in_bytes: bool
 ) -> tuple[Rows, Route]:
     """x's rows in the order of their experts, padded to whole records, in 16 bits and as bytes as asked."""
     (tokens, slots), experts, device = ids.shape, len(bank.where), x.device.index
-    pairs, wide = tokens * slots, int(ids.dtype == torch.int64)
+    pairs, types = tokens * slots, (int(ids.dtype == torch.int64), _WEIGHT_TYPES[weights.dtype])
     first, order = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (experts + 1, pairs))
-    route = Route(first, order, slots)
+    route = Route(first, order, torch.empty(pairs, dtype=torch.float32, device=x.device), slots)
+    given = ids.data_ptr(), weights.data_ptr()
+    made = tuple(each.data_ptr() for each in route[:3])
     if pairs > PLACE_PAIRS or slots > PLACE_SLOTS:
-        sort = _Sort(ids.data_ptr(), first.data_ptr(), order.data_ptr(), wide, pairs, experts)
+        sort = _Sort(*given, *made, *types, pairs, experts)
         find_function("route.cu", "sort_pairs", device).launch(
             1, 1024, 132 * experts + 2 * pairs, (sort,), programmatic=True
         )
         return prepare(x, bank, pairs, plain=plain, in_bytes=in_bytes, route=route, count=route.count), route
 
     rows = Rows.empty(x, pairs, bank, plain=plain, in_bytes=in_bytes)
-    place = _Place(
-        x.data_ptr(), ids.data_ptr(), first.data_ptr(), order.data_ptr(), rows.argument(bank),
-        wide, tokens, slots, experts, x.shape[1],
-    )  # fmt: skip
+    place = _Place(x.data_ptr(), *given, *made, rows.argument(bank), *types, tokens, slots, experts, x.shape[1])
     # a block has 256 octets of a token's columns, and a warp an expert's first pair
     units = bank.shape.any.padded_columns // 64
     blocks = max(tokens * -(-units // 32), -(-(experts + 1) // PLACE_WARPS))
@@ -210,7 +213,6 @@ def grouped(
     ld: int | None = None,
     bias: torch.Tensor | None = None,
     route: Route | None = None,
-    weights: torch.Tensor | None = None,
     addend: Addend | None = None,
     then: Next | None = None,
     splits: tuple[int, int] = (1, 0),
@@ -220,7 +222,7 @@ def grouped(
     assert x is not None, f"{mode} takes {'bytes' if tile.takes_bytes else '16 bits'}, which nobody has made"
     device, shape, layout = x.device.index, bank.shape, bank.shape.any
     function, _ = find_kernel("grouped.cu", grouped_instance(mode, shape, x.dtype, tile), device)
-    first, pairs, slots = route or (None, None, 1)
+    first, pairs, weights, slots = route or (None, None, None, 1)
     added, u = addend or (None, None)
     after, next_units = (then.rows, then.bank.shape.any) if then else (Rows(None, None, None), None)
     arguments = _Grouped(
@@ -228,7 +230,7 @@ def grouped(
         address(added), u and u.argument.experts, address(after.bytes), address(after.sums),
         *((next_units.padded_columns // 64, next_units.units, then.bank.shape.segments, then.bank.shape.record_sums)
           if then and next_units else (1, 1, 1, 0)),
-        int(weights is not None and weights.dtype == torch.float32), tokens, slots, len(bank.where), columns,
+        tokens, slots, len(bank.where), columns,
         ld if ld is not None else y.shape[1], layout.records_per_row_block, shape.row_blocks, stages, *splits,
     )  # fmt: skip
     x_map, narrow_map = (map_rows(x, each, tile.column_groups * layout.units) for each in (tile.tokens, tile.narrow))
@@ -251,7 +253,7 @@ def prepare(
 ) -> Rows:
     """x's rows as asked, in a route's order if there is one; the first `count` rows."""
     made = Rows.empty(x, rows, bank, plain=plain, in_bytes=in_bytes)
-    _, pairs, slots = route or (None, None, 1)
+    _, pairs, _, slots = route or (None, None, None, 1)
     arguments = _Prepare(x.data_ptr(), made.argument(bank), address(pairs), address(count), rows, x.shape[1], slots)
     blocks = min(8 * processors_of(x.device.index), -(-rows * bank.shape.any.padded_columns // (8 * 256)))
     find_function("route.cu", rows_instance("prepare_rows", bank.shape, x.dtype), x.device.index).launch(

@@ -8,11 +8,20 @@ __device__ __forceinline__ long long read_id(const void* ids, int wide, int i) {
     return wide ? ((const long long*)ids)[i] : (long long)((const int*)ids)[i];
 }
 
+enum WeightType { FLOAT32, BFLOAT16, FLOAT16 };
+
+__device__ __forceinline__ float read_weight(const void* weights, int type, int i) {
+    if (type == FLOAT32) return ((const float*)weights)[i];
+    return type == BFLOAT16 ? widen<true>(((const u16*)weights)[i]) : widen<false>(((const u16*)weights)[i]);
+}
+
 struct SortArguments {
-    const void* ids;  // [pairs], int64 where ids_wide, else int32; outside 0..num_experts-1: run nothing
-    int* first;       // [num_experts + 1]
-    int* sorted;      // [pairs]
-    int ids_wide, count, num_experts;
+    const void* ids;      // [pairs], int64 where ids_wide, else int32; outside 0..num_experts-1: run nothing
+    const void* weights;  // [pairs]
+    int* first;           // [num_experts + 1]
+    int* sorted;          // [pairs]
+    float* sorted_weights;
+    int ids_wide, weight_type, count, num_experts;
 };
 
 constexpr int SORT_WARPS = 32, SORT_THREADS = SORT_WARPS * WARP;
@@ -68,7 +77,10 @@ extern "C" __global__ void __launch_bounds__(SORT_THREADS, 1) sort_pairs(const S
     for (int at = begin; at < end; at += WARP) {
         const int e = at + lane < end ? experts[at + lane] : NOBODY;
         const u32 same = __match_any_sync(~0u, e);
-        if (e != NOBODY) p.sorted[starts[e] + own[e] + __popc(same & ((1u << lane) - 1))] = at + lane;
+        if (e != NOBODY) {
+            const int place = starts[e] + own[e] + __popc(same & ((1u << lane) - 1));
+            p.sorted[place] = at + lane, p.sorted_weights[place] = read_weight(p.weights, p.weight_type, at + lane);
+        }
         __syncwarp();
         if (e != NOBODY && lane == __ffs(same) - 1) own[e] += __popc(same);
         __syncwarp();
@@ -185,11 +197,13 @@ template <int G, bool BF16> __global__ void __launch_bounds__(ROWS_THREADS) prep
 
 struct PlaceArguments {
     const u16* x;     // [tokens, k]
-    const void* ids;  // [tokens, slots], as `sort_pairs` takes them
+    const void* ids;  // [tokens, slots], and weights, as `sort_pairs` takes them
+    const void* weights;
     int* first;       // [num_experts + 1]
     int* pairs;       // [tokens * slots]
+    float* sorted_weights;
     RowsOut out;      // of tokens * slots rows
-    int ids_wide, tokens, slots, num_experts, k;
+    int ids_wide, weight_type, tokens, slots, num_experts, k;
 };
 
 constexpr int PLACE_WARPS = ROWS_THREADS / WARP;
@@ -235,10 +249,11 @@ template <int G, bool BF16> __global__ void __launch_bounds__(ROWS_THREADS) plac
         if (item != blockIdx.x) read_octet(item);
         for (int slot = warp; slot < p.slots; slot += PLACE_WARPS) {
             const int pair = token * p.slots + slot;
-            const bool runs = keys[pair] >> 16 != NOBODY;
+            const bool runs = keys[pair] >> 16 != NOBODY, writes = lane == 0 && runs && item % chunks == 0;
+            const float weight = writes ? read_weight(p.weights, p.weight_type, pair) : 0.f;
             const int place = count_below(keys, quads, keys[pair], lane);
             if (lane == 0) places[slot] = runs ? place : -1;
-            if (lane == 0 && runs && item % chunks == 0) p.pairs[place] = pair;
+            if (writes) p.pairs[place] = pair, p.sorted_weights[place] = weight;
         }
         __syncthreads();
         if (p.out.bytes) piece.make_bytes<G, BF16>(corners[warp], lane);
