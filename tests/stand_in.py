@@ -106,10 +106,17 @@ class Kernels(types.ModuleType):
             (reason for each in (*gate_up, *down) if (reason := self.why_not_linear(device, dtype, each))), None
         )
 
-    def linear(self, x: torch.Tensor, bank: RecordBank, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
-        self.calls.append("linear")
+    def linear(
+        self,
+        x: torch.Tensor,
+        bank: RecordBank,
+        bias: torch.Tensor | None,
+        out_features: int,
+        factors: Factors | None = None,
+    ) -> torch.Tensor:
+        self.calls.append("linear" if factors is None else "linear with factors")
         assert x.is_contiguous() and x.data_ptr() % 16 == 0 and len(x) and (bias is None or bias.dtype == x.dtype)
-        y = x.float() @ bank.weight(0).T
+        y = x.float() @ whole(bank, factors, 0).T
         assert y.shape[1] == out_features
         return (y if bias is None else y + bias.float()).to(x.dtype)
 

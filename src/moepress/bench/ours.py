@@ -56,7 +56,7 @@ class Moepress(Contender):
         for dtype in {problem.torch_dtype for problem in problems}:
             own = [problem for problem in problems if problem.torch_dtype == dtype]
             banks = {bank_layouts(problem) for problem in own if problem.moe}
-            run.warm(list({layouts_of(problem) for problem in own if not problem.moe}), list(banks), dtype, device)
+            run.warm(list({dense_layouts(problem) for problem in own if not problem.moe}), list(banks), dtype, device)
 
     def prepare(self, problem: Problem, copies: int, seed: int, device: torch.device) -> list[Call]:
         draw = problem.draw(seed, device)
@@ -176,6 +176,12 @@ def factor_shapes(problem: Problem) -> tuple[FactorShape | None, ...]:
         return (FactorShape.of((spec,), *problem.matrices[0]),)
     gate, _, down = problem.matrices
     return FactorShape.of((spec,), *gate, halves=2), FactorShape.of((spec,), *down)
+
+
+def dense_layouts(problem: Problem) -> tuple[RecordLayout, ...]:
+    """Of a dense matrix, and of its factors where these have records."""
+    (shape,) = factor_shapes(problem)
+    return *layouts_of(problem), *(() if shape is None else shape.layouts)
 
 
 def factor_banks(problem: Problem, matrix: int, seed: int, copy: int, device: torch.device) -> FactorWeights | None:

@@ -40,11 +40,11 @@ def compile_kernels(model: nn.Module, dtype: torch.dtype, top_k: int | None) -> 
     ready = [layer for layer in _layers(model) if layer.banks()]
     for device in {layer.device for layer in ready}:
         here = [layer for layer in ready if layer.device == device]
-        linears = {each for layer in here if isinstance(layer, CompressedLinear) for each in layer.kernel_layouts()}
+        linears = {layer.kernel_layouts() for layer in here if isinstance(layer, CompressedLinear)}
         banks = {layer.kernel_layouts(top_k) for layer in here if isinstance(layer, ExpertBank) and top_k}
         from moepress.kernels.cuda import run
 
-        run.warm([(layout,) for layout in linears], list(banks), dtype, device)
+        run.warm(list(linears), list(banks), dtype, device)
 
 
 def _layers(model: nn.Module) -> list[Packable]:

@@ -28,11 +28,13 @@ class _Plan:
     shared: int
 
 
-def few_linear(x: torch.Tensor, y: torch.Tensor, bank: RecordBank, bias: torch.Tensor | None) -> bool:
-    """x [M <= 8, K] W^T (+ bias) into y [M, N]; False, and nothing launched, where x needs too much shared memory."""
-    if not (plan := _plan("DENSE", bank.shape, None, x.dtype, len(x), 1, x.device.index)):
+def few_linear(
+    x: torch.Tensor, y: torch.Tensor, bank: RecordBank, bias: torch.Tensor | None, factors: Factors | None = None
+) -> bool:
+    """x [1, K] (W + u v)^T (+ bias) into y [1, N]; False, and nothing launched, where x needs too much shared memory."""
+    if not (plan := _plan("DENSE", bank.shape, factors and _ranks(factors), x.dtype, 1, 1, x.device.index)):
         return False
-    _launch(plan, x, y, bank, None, None, None, len(x), 1, y.shape[1], bias)
+    _launch(plan, x, y, bank, factors, None, None, 1, 1, y.shape[1], bias)
     return True
 
 

@@ -114,6 +114,7 @@ __device__ void find_active(Active<NT>& active, const Arguments& p, const Compen
     };
     if constexpr (MODE == DENSE) {
         if (thread == 0) active.expert[0] = p.bank.expert(0), active.count = 1;
+        if (FACTORS && thread == 0) active.v[0] = f.v[0].records, active.u[0] = f.u[0].records;
         if (thread < NT) active.pair[0][thread] = thread < p.tokens ? thread : -1;
     } else if constexpr (NT == 1) {
         if (thread < WARP) {

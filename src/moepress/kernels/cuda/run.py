@@ -72,11 +72,23 @@ def why_not_experts(
     return None
 
 
-def linear(x: torch.Tensor, bank: RecordBank, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
-    """x [M, K], bf16 or fp16, contiguous -> x W^T (+ bias) [M, N] in x's dtype, accumulated in float32."""
+def linear(
+    x: torch.Tensor,
+    bank: RecordBank,
+    bias: torch.Tensor | None,
+    out_features: int,
+    factors: Factors | None = None,
+) -> torch.Tensor:
+    """x [M, K], bf16 or fp16, contiguous -> x (W + u v)^T (+ bias) [M, N] in x's dtype, accumulated in float32.
+
+    One token is one launch; with more, u v x is two products of its own, rounded to x's dtype.
+    """
     y = x.new_empty(len(x), out_features)
-    if len(x) == 1 and few_linear(x, y, bank, bias):
+    if len(x) == 1 and few_linear(x, y, bank, bias, factors):
         return y
+    if factors is not None:
+        t = linear(x, factors.v, None, factors.v.layouts[0].rows)
+        return linear(x, bank, bias, out_features).add_(linear(t, factors.u, None, out_features))
     columns = bank.layouts[0].padded_columns
     if columns != x.shape[1]:
         x = torch.nn.functional.pad(x, (0, columns - x.shape[1]))
@@ -124,7 +136,7 @@ Ranked = tuple[Layouts, Layouts, int, tuple[Layouts, Layouts] | None, tuple[Layo
 def warm(linears: Sequence[Layouts], banks: Sequence[Ranked], dtype: torch.dtype, device: torch.device) -> Warmed:
     """Compiles, in parallel, all that these layers can need for any number of tokens; loads nothing.
 
-    `linears` are layouts of dense layers.
+    `linears` are layouts of dense layers: of the weight, and of v and u where it has a compensator.
     """
     instances = _Instances(dtype, processors_of(device.index), shared_bytes_of(device.index))
     requests = {each for layouts in linears for each in instances.linear(layouts)}
@@ -146,8 +158,11 @@ class _Instances:
     """Bytes that a block may have."""
 
     def linear(self, layouts: Layouts) -> Instances:
-        bank = choose.Bank(tuple(layouts))
-        yield from self._few("DENSE", bank, None, 1, 1)
+        weight, *factors = layouts
+        bank = choose.Bank((weight,))
+        yield from self._few("DENSE", bank, choose.ranks(*factors) if factors else None, 1, 1)
+        for factor in factors:
+            yield from self.linear((factor,))
         yield "route.cu", rows_instance("prepare_rows", bank, self.dtype)
         for tokens in (2, 16, 64, 1024):
             tile = choose.dense_tiles(bank, tokens, self.processors)[0]
