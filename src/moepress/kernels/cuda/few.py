@@ -31,7 +31,7 @@ class _Plan:
 def few_linear(
     x: torch.Tensor, y: torch.Tensor, bank: RecordBank, bias: torch.Tensor | None, factors: Factors | None = None
 ) -> bool:
-    """x [1, K] (W + u v)^T (+ bias) into y [1, N]; False, and nothing launched, where x needs too much shared memory."""
+    """x [1, K] (W + u v)^T (+ bias) into y [1, N]; False, and no launch, where x needs too much shared memory."""
     if not (plan := _plan("DENSE", bank.shape, factors and _ranks(factors), x.dtype, 1, 1, x.device.index)):
         return False
     _launch(plan, x, y, bank, factors, None, None, 1, 1, y.shape[1], bias)
