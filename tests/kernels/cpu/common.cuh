@@ -30,6 +30,12 @@ inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 using std::min;
 template <class T> T __ldg(const T* from) { return *from; }
 inline u32 __funnelshift_r(u32 low, u32 high, u32 by) { return u32((u64(high) << 32 | low) >> (by % 32)); }
+inline u32 __byte_perm(u32 low, u32 high, u32 pick) {
+    const u64 both = u64(high) << 32 | low;
+    u32 x = 0;
+    for (int i = 0; i < 4; ++i) x |= u32(both >> 8 * (pick >> 4 * i & 7) & 0xff) << 8 * i;
+    return x;
+}
 
 template <int BYTES> void copy_piece(u8* to, const u8* from, bool real) {
     const bool aligned = uintptr_t(to) % BYTES == 0 && (!real || uintptr_t(from) % BYTES == 0);

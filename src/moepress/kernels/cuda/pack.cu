@@ -3,9 +3,9 @@
 //
 // A block takes 64 rows and TILE columns of one expert, whose records lie together. It fetches the rows' packed codes
 // into shared memory, writes scales and zeros meanwhile, and then each warp makes records: a lane builds its words in
-// registers and stores them where they stay. A lane's two codes of a pair are neighbours in a row as well: 2 b bits, and
-// 8 b bits further on are those of the next pair. Codes of 1 to 4 bits are moved many at a time: logic runs at half rate,
-// and code by code it would take longer than the memory does.
+// registers and stores them where they stay. A lane's two codes of a pair are neighbours in a row as well: 2 b bits,
+// and 8 b bits further on are those of the next pair. Codes are moved by bytes, at 1 to 4 bits with a pair or more in
+// each: logic runs at half rate, and code by code it would take longer than the memory does.
 #include "common.cuh"
 
 struct Source {          // what the format stores; the leading dimensions are one, E
@@ -93,96 +93,91 @@ void write_groups(u8* record, const PackArguments& p, const Rows& rows, int bloc
 
 // ---- words of a unit ----------------------------------------------------------------------------------------------
 
-// 64 codes of a row, moved down so that the lane's pair i begins at bit 8 B i.
-template <int B> __device__ __forceinline__ void load_row(u32 (&bits)[2 * B], const u8* codes, int t) {
-    u32 word[2 * B + 1];
+// Of a row's 64 codes the lane's, a pair in a byte: four[m] has pairs 4 m to 4 m + 3. A pair begins at bit 2 B t % 8 of
+// its byte, with 3 bits at bit 0; what else a byte has is other lanes'.
+template <int B> __device__ __forceinline__ void load_row(u32* four, const u8* codes, int t) {
+    u32 word[2 * B];
 #pragma unroll
     for (int i = 0; i < B; ++i) {
         const uint2 two = reinterpret_cast<const uint2*>(codes)[i];
         word[2 * i] = two.x, word[2 * i + 1] = two.y;
     }
-    word[2 * B] = 0;
 #pragma unroll
-    for (int i = 0; i < 2 * B; ++i)
-        bits[i] = B == 3 ? __funnelshift_r(word[i], word[i + 1], 2 * B * t) : word[i] >> (2 * B * t);
+    for (int m = 0; m < 2; ++m) {
+        const u32* w = word + B * m;
+        if constexpr (B == 1) four[m] = w[0];
+        if constexpr (B == 2) four[m] = __byte_perm(w[0], w[1], 0x6420 + 0x1111 * (t / 2));
+        if constexpr (B == 3) {  // of a pair's three bytes the first or the last two, one pair in each half
+            const u32 by = 6 * t - t / 2 * 8, low = __byte_perm(w[0], w[1], 0x4310 + 0x1111 * (t / 2)) >> by;
+            four[m] = __byte_perm(low, __byte_perm(w[1], w[2], 0x6532 + 0x1111 * (t / 2)) >> by, 0x6420);
+        }
+        if constexpr (B == 4) {
+            const u32 low = __byte_perm(w[0], w[1], 0x40 + 0x11 * t), high = __byte_perm(w[2], w[3], 0x40 + 0x11 * t);
+            four[m] = __byte_perm(low, high, 0x5410);
+        }
+    }
 }
 
-// The bits of `mask` that swapping two bits of each code's number moves down, for codes of B bits: I above J.
-template <int B> __host__ __device__ constexpr u32 lower_of_exchange(int i, int j) {
-    u32 mask = 0;
-    for (int code = 0; code < 32 / B; ++code)
-        if ((code >> j & 1) && !(code >> i & 1)) mask |= ((1u << B) - 1) << (B * code);
-    return mask;
+// Bytes of pairs (4 m, 4 m + 1, 4 m + 2, 4 m + 3), each with e = 0 below e = 1 -> bytes of (even, odd) pairs with e = 0
+// and then with e = 1, each with the lower pair below: e = 1 of the lower half changes places with e = 0 of the upper.
+template <int B> __device__ __forceinline__ u32 split_columns(u32 x) {
+    constexpr u32 mask = B == 1 ? 0xaaaa : B == 2 ? 0xcccc : B == 3 ? 0x3838 : 0xf0f0;
+    const u32 differ = (x ^ x >> (16 - B)) & mask;
+    return x ^ differ ^ differ << (16 - B);
 }
 
-// Swaps the bits of `mask` with those `by` bits above them.
-__device__ __forceinline__ u32 exchange(u32 x, u32 mask, int by) {
-    const u32 differ = (x ^ x >> by) & mask;
-    return x ^ differ ^ differ << by;
-}
-template <int B, int I, int J> __device__ __forceinline__ u32 exchange(u32 x) {
-    constexpr u32 mask = lower_of_exchange<B>(I, J);
-    return exchange(x, mask, B * ((1 << I) - (1 << J)));
-}
+__device__ __forceinline__ u32 select(u32 mask, u32 yes, u32 no) { return yes & mask | no & ~mask; }
 
-// 1, 2 and 4 bits: 32 / B codes of rows g (`a`) and g + 8 (`b`) into a word, and then in order. The number of a code in
-// a word is, from its highest bit, [e, row, pair]; gathered it is [low bits of pair, row and pair as below, e].
-template <int B> __device__ __forceinline__ void assemble(u32* word, const u32 (&a)[2 * B], const u32 (&b)[2 * B]) {
-    constexpr u32 fields = B == 1 ? 0x03030303u : B == 2 ? 0x000f000fu : 0x000000ffu;
-    constexpr int pair = B == 2 ? 2 * B : 4 * B, row = 6 * B - pair;  // how far up the second word and row g + 8 go
+// Fours of row g, and then of row g + 8, into words; 1, 2 and 4 bits. A byte of a word has place for 4 / B pairs.
+template <int B> __device__ __forceinline__ void assemble(u32* word, const u32 (&four)[4], int t) {
+    constexpr int each = 4 / B, width = 2 * B;
 #pragma unroll
     for (int i = 0; i < B; ++i) {
-        u32 x = a[2 * i] & fields | (a[2 * i + 1] & fields) << pair;
-        x |= (b[2 * i] & fields) << row | (b[2 * i + 1] & fields) << (pair + row);
-        if constexpr (B == 1) word[i] = exchange<1, 1, 0>(exchange<1, 3, 1>(exchange<1, 4, 0>(x)));
-        if constexpr (B == 2) word[i] = exchange<2, 3, 0>(x);
-        if constexpr (B == 4) word[i] = exchange<4, 2, 0>(x);
-    }
-}
-
-// The six bits of a pair, at bit `to`; 3 bits.
-__device__ __forceinline__ u32 pair_of_three(const u32 (&bits)[6], int pair, int to) {
-    const int from = 24 * pair % 32;
-    const u32 word = bits[24 * pair / 32];
-    return (from > to ? word >> (from - to) : word << (to - from)) & 0x3fu << to;
-}
-
-template <> __device__ __forceinline__ void assemble<3>(u32* word, const u32 (&a)[6], const u32 (&b)[6]) {
-    const u32 last = pair_of_three(b, 7, 0), spare = last & 7 | last << 13 & 0x70000u;  // H
+        u32 x = 0;
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
-        // the four whole pairs side by side, then e = 1 of those below changes places with e = 0 of those above
-        u32 x = pair_of_three(a, 2 * i, 0) | pair_of_three(a, 2 * i + 1, 16);
-        x |= pair_of_three(b, 2 * i, 9) | pair_of_three(b, 2 * i + 1, 25);
-        x = exchange(x, 0x7038u, 13);
-        const u32 extra = i == 1 ? pair_of_three(b, 6, 6) : pair_of_three(a, i == 0 ? 6 : 7, 6);  // G, g, h
-        x |= extra & 0x1c0u | extra << 13 & 0x1c00000u;
-        word[i] = x | spare << (15 - i) & 0x80008000u;
+        for (int j = 0; j < each; ++j) {
+            const u32 from = four[each * i + j], field = 0xffu >> (8 - width) << width * j, mask = 0x01010101u * field;
+            const u32 moved = B == 4 ? from : __funnelshift_r(from, from, width * t % 8 - width * j);  // a rotation
+            x = j ? select(mask, moved, x) : moved;
+        }
+        word[i] = split_columns<B>(x);
     }
 }
 
-// Other widths, and codes that come as bytes: pair by pair. Two bytes hold a pair, wherever it begins.
+template <> __device__ __forceinline__ void assemble<3>(u32* word, const u32 (&four)[4], int) {
+    u32 x[4];  // pairs 2 n and 2 n + 1 for n = 0 and 1, or 2 and 3, from bits 0 and 3 of each byte
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = split_columns<3>(four[i]);
+    word[0] = select(0x3f3f3f3fu, x[0], x[1] << 3);
+    word[1] = select(0x3f3f3f3fu, x[2], x[3] << 3);
+    const u32 low = select(0x07070707u, x[1], x[3] << 3), high = select(0x40404040u, x[1] << 1, x[3] << 2);
+    word[2] = select(0x3f3f3f3fu, low, high);
+}
+
+// Other widths, and codes that come as bytes. Two bytes hold a pair, wherever it begins.
 template <int STORED> __device__ __forceinline__ u32 load_pair(const u8* codes, int pair, int t) {
     const u8* octet = codes + STORED * pair;
-    u32 both;
-    if constexpr (STORED == 8) both = reinterpret_cast<const u16*>(octet)[t];
-    else both = (octet[2 * STORED * t / 8] | octet[2 * STORED * t / 8 + 1] << 8) >> (2 * STORED * t % 8);
-    constexpr u32 mask = (1u << STORED) - 1;
-    return both & mask | (both >> STORED & mask) << 16;
+    if constexpr (STORED == 8) return reinterpret_cast<const u16*>(octet)[t];
+    else return octet[2 * STORED * t / 8] | octet[2 * STORED * t / 8 + 1] << 8;
 }
 
-// Two codes, 16 bits from each other, to their places in a lane's words; records.py has the picture.
-template <int WORD> __device__ __forceinline__ void put_pair(u32* word, int pair, int row, u32 codes) {
+// The codes of pairs 2 n and 2 n + 1, a byte each and in a word's order: even and odd with e = 0, the same with e = 1.
+template <int STORED> __device__ __forceinline__ u32 load_codes(const u8* codes, int n, int t) {
+    u32 x = load_pair<STORED>(codes, 2 * n, t) | load_pair<STORED>(codes, 2 * n + 1, t) << 16;
+    if constexpr (STORED < 8) x >>= 2 * STORED * t % 8;
+    return __byte_perm(x, x >> STORED, 0x6420) & 0x01010101u * ((1u << STORED) - 1);
+}
+
+// These to their places in a lane's words; records.py has the picture.
+template <int WORD> __device__ __forceinline__ void put_codes(u32* word, int n, int row, u32 codes) {
     constexpr int each = 8 / WORD;
     if (WORD != 3) {
-        word[pair / each] |= codes << WORD * (pair % each + each * row);
-    } else if (pair < 6) {
-        word[pair / 2] |= codes << 3 * (pair % 2 + 3 * row);
-    } else if (pair == 6 || row == 0) {
-        word[pair == 6 ? row : 2] |= codes << 6;
+        word[(4 * row + n) / each] |= codes << WORD * ((4 * row + n) % each);
+    } else if (n < 3) {
+        word[n < 2 ? row : 2] |= codes << 3 * (n < 2 ? n : row);
     } else {
-#pragma unroll
-        for (int i = 0; i < 3; ++i) word[i] |= (codes >> i & 0x10001u) << 15;
+        word[row] |= (codes & 0x03030303u) << 6;
+        word[2] |= (codes & 0x04040404u) << (4 + row);
     }
 }
 
@@ -190,17 +185,17 @@ template <int WORD> __device__ __forceinline__ void put_pair(u32* word, int pair
 template <int STORED, int WORD> __device__ __forceinline__ void make_unit(u32* word, const u8* upper, int t) {
     const u8* lower = upper + ROWS / 2 * STRIDE<STORED>;
     if constexpr (STORED == WORD && WORD <= 4) {
-        u32 a[2 * WORD], b[2 * WORD];
-        load_row<WORD>(a, upper, t);
-        load_row<WORD>(b, lower, t);
-        assemble<WORD>(word, a, b);
+        u32 four[4];
+        load_row<WORD>(four, upper, t);
+        load_row<WORD>(four + 2, lower, t);
+        assemble<WORD>(word, four, t);
     } else {
 #pragma unroll
         for (int i = 0; i < WORD; ++i) word[i] = 0;
 #pragma unroll
-        for (int pair = 0; pair < 8; ++pair) {
-            put_pair<WORD>(word, pair, 0, load_pair<STORED>(upper, pair, t));
-            put_pair<WORD>(word, pair, 1, load_pair<STORED>(lower, pair, t));
+        for (int n = 0; n < 4; ++n) {
+            put_codes<WORD>(word, n, 0, load_codes<STORED>(upper, n, t));
+            put_codes<WORD>(word, n, 1, load_codes<STORED>(lower, n, t));
         }
     }
 }
@@ -224,13 +219,13 @@ template <int STORED, int WORD, int UNITS> __global__ void __launch_bounds__(PAC
     const int expert = blockIdx.x / p.tiles / p.row_groups;
     const int first = number * EACH, count = min(EACH, p.across - first), from = first * RECORD_BYTES;
     const Rows rows(p, expert, group);
-    u8* out = p.records + ((u64(expert) * p.row_groups + group) * p.across + first) * BLOCKS * p.record_bytes;
 
     const int bytes = (count * RECORD_BYTES + 15) / 16 * 16;
     if (p.piece == 16) fetch<STORED, 16>(tile, p, rows, from, bytes);
     else if (p.piece == 4) fetch<STORED, 4>(tile, p, rows, from, bytes);
     else fetch<STORED, 1>(tile, p, rows, from, bytes);
     copy_commit();
+    u8* out = p.records + ((u64(expert) * p.row_groups + group) * p.across + first) * BLOCKS * p.record_bytes;
     for (int i = threadIdx.x / WARP; i < BLOCKS * count; i += PACK_WARPS)
         write_groups(out + u64(i) * p.record_bytes, p, rows, i % BLOCKS, first + i / BLOCKS);
     copy_wait<0>();
@@ -239,6 +234,7 @@ template <int STORED, int WORD, int UNITS> __global__ void __launch_bounds__(PAC
         if (threadIdx.x < BLOCK_ROWS) tile[threadIdx.x][p.row_bytes - 1 - from] &= p.last_mask;
         __syncthreads();
     }
+#pragma unroll 1  // other warps fill the waits, and several records at once would take registers from them
     for (int i = threadIdx.x / WARP; i < BLOCKS * count; i += PACK_WARPS) {
         const u8* codes = tile[i % BLOCKS * ROWS + g] + i / BLOCKS * RECORD_BYTES;
         u32 word[UNITS * WORD];
