@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast stored weights become records at load, by the kernel and by torch's operations: rows in results.csv.
 
-    python benchmarks/packing.py [--only NAME,...] [--seconds 0.3] [--note TEXT]
+    python benchmarks/packing.py [--only NAME,...] [--seconds 0.2] [--note TEXT]
 
 Bytes are those of the stored parts, read once, and of the records, written once; the floor is a copy of as many, which
 is timed in the same run. Calls go round copies of more than four L2 caches together. The kernel is timed in CUDA graphs
@@ -27,8 +27,8 @@ from moepress.format.weight import Parts
 from moepress.kernels.cuda.pack import launch_pack
 from moepress.kernels.records import RecordLayout, interleaved_rows, pack_gate_up, pack_parts
 
-REPEATS = 5
-"""Of torch's operations: they take tenths of a second."""
+REPEATS = 3
+"""Of torch's operations: they take tenths of a second, most of the time of a run."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def figures(bank: Bank, clock: CudaClock, machine: Machine, seconds: float) -> I
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="banks whose names begin so, such as dense or qwen3,dense")
-    parser.add_argument("--seconds", type=float, default=0.3, help="of timing the kernel on each bank")
+    parser.add_argument("--seconds", type=float, default=0.2, help="of timing the kernel on each bank")
     parser.add_argument("--note", default="")
     given = parser.parse_args()
     clock = CudaClock(torch.device("cuda", torch.cuda.current_device()))
