@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels' times beside 16 bits and the peers that are installed: rows in results.csv.
 
-    python benchmarks/kernels.py [--only dense,layers,widths,ranks,mixed] [--seconds 0.3] [--note TEXT]
+    python benchmarks/kernels.py [--only dense,layers,widths,ranks,mixed] [--tokens 1,64] [--alone] [--seconds 0.3]
+                                 [--note TEXT]
 
 What is timed and how is `moepress bench`'s: CUDA graphs, cold L2, uniform routing, medians; the ratios are taken within
-one run. `mixed` has no peer: one layer whose experts have 1, 2, 3 and 4 bits in turn, against the mean of the four
+one run; `--alone` times moepress's kernels only. `mixed` has no peer: one layer whose experts have 1, 2, 3 and 4 bits in turn, against the mean of the four
 uniform layers.
 """
 
@@ -20,7 +21,7 @@ from common import Figure, finish
 
 from moepress.bench.clock import CudaClock, copies_needed
 from moepress.bench.contenders import BASELINE, PEER
-from moepress.bench.ours import layouts_of, random_records
+from moepress.bench.ours import Moepress, layouts_of, random_records
 from moepress.bench.peers import lineup
 from moepress.bench.problems import LAYERS, Problem
 from moepress.bench.report import bound, fastest
@@ -54,11 +55,14 @@ def figures(rows: list[Row], setting: Setting) -> Iterator[Figure]:
             print(f"{name}: {row.contender}: {row.reason}", flush=True)
             continue
         best, limit = bound(row, setting.machine)
-        baseline = f"best peer {peer:.1f}, 16 bits {plain:.1f}" if peer and plain else f"16 bits {plain}"
+        others = (f"{who} {us:.1f}" for who, us in (("best peer", peer), ("16 bits", plain)) if us)
+        baseline = ", ".join(others) or "alone"
         note = (
             f"{100e6 * best / row.us:.0f} % of {limit}; relative error {row.error}; same bits twice: {row.repeatable}"
         )
-        yield Figure(f"{name} {row.contender}", row.us, "us", baseline, f"{note}; {row.note}")
+        figure = Figure(f"{name} {row.contender}", row.us, "us", baseline, f"{note}; {row.note}")
+        print(f"{figure.metric:60} {figure.value:10.2f} us  {baseline}; {figure.note}", flush=True)
+        yield figure
 
 
 def mixed(clock: CudaClock, setting: Setting) -> Iterator[Figure]:
@@ -87,15 +91,19 @@ def mixed(clock: CudaClock, setting: Setting) -> Iterator[Figure]:
             del calls
             clock.release()
         mean = sum(times[:4]) / 4
+        note = f"us, uniform and mixed: {[round(t, 1) for t in times]}"
+        print(f"mixed widths T={tokens}: {times[4] / mean:.3f} of the mean; {note}", flush=True)
         yield Figure(
             f"mixtral mixed 1,2,3,4 bits T={tokens}", times[4] / mean, "ratio",
-            "at most 1.05 of the mean of the uniform layers", f"us, uniform and mixed: {[round(t, 1) for t in times]}",
+            "at most 1.05 of the mean of the uniform layers", note,
         )  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="dense,layers,widths,ranks,mixed")
+    parser.add_argument("--tokens", type=lambda text: [int(each) for each in text.split(",")], default=None)
+    parser.add_argument("--alone", action="store_true")
     parser.add_argument("--seconds", type=float, default=0.3, help="of timing for each contender on each problem")
     parser.add_argument("--note", default="")
     given = parser.parse_args()
@@ -108,13 +116,13 @@ def main() -> None:
         else:
             found = []
             for problem in problems(part):
-                contenders = lineup(problem.kind, problem.dtype, peers=True)
+                if given.tokens and problem.tokens not in given.tokens:
+                    continue
+                contenders = [Moepress()] if given.alone else lineup(problem.kind, problem.dtype, peers=True)
                 for line in warm_up(contenders, [problem], setting):
                     print(line, flush=True)
                 found += figures(run_problem(problem, contenders, clock, setting, lambda _: None), setting)
                 clock.release()
-        for each in found:
-            print(f"{each.metric:60} {each.value:10.2f} {each.unit}  {each.baseline}; {each.note}", flush=True)
         named = [
             Figure(f.metric, f.value, f.unit, f.baseline, "; ".join(filter(None, (f.note, given.note)))) for f in found
         ]

@@ -91,7 +91,7 @@ def test_known_layers() -> None:
     small = choose.Bank((RecordLayout(2048, 768, 3, 64),))
     gate_up, down = (choose.Bank((RecordLayout(*shape, 3, 64),)) for shape in ((28672, 4096), (4096, 14336)))
     assert choose.expert_tiles(gate_up, 2.0)[0] == choose.expert_tiles(down, 2.0)[0] == choose.Tile(8, 1, 2, 2)
-    assert choose.expert_tiles(gate_up, 16.0)[0] == choose.Tile(32, 1, 2, 2)
+    assert choose.expert_tiles(gate_up, 16.0)[0] == choose.Tile(32, 1, 4, 1)
     assert choose.expert_tiles(gate_up, 64.0)[0] == choose.Tile(80, 2, 2, 1)
     assert choose.expert_tiles(gate_up, 256.0)[0] == choose.Tile(128, 2, 2, 1)
     assert choose.expert_tiles(small, 0.5)[0] == choose.Tile(8, 1, 2, 1, blocks=2)

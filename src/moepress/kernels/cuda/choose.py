@@ -196,11 +196,11 @@ class Tile:
 
 def expert_tiles(bank: Bank, tokens_each: float) -> Sequence[Tile]:
     """Tiles for experts of `tokens_each` tokens on average, best first; the first that fits runs."""
-    long = bank.any.padded_columns >= 24 * 64  # enough columns for two warpgroups to share
+    long = bank.any.padded_columns >= 24 * 64  # short ones have tiles that end together with others' beginnings
     if tokens_each <= 6:
         best = Tile(8, 1, 2, 2) if long else Tile(8, 1, 2, 1, blocks=2)
     elif tokens_each <= 28:
-        best = Tile(32, 1, 2, 2) if long else Tile(32, 1, 2, 1, blocks=2)
+        best = Tile(32, 1, 4, 1) if long else Tile(32, 1, 2, 1, blocks=2)
     else:
         best = Tile(80 if tokens_each <= 72 else 128, 2, 2, 1)
     return best, Tile(best.tokens if best.tokens <= 32 else 64, 1, 2, 1), Tile(8, 1, 1, 1)

@@ -20,7 +20,7 @@ from moepress.kernels.cuda.tensor_map import map_rows, map_sums
 
 Mode = choose.Mode
 HALVES: tuple[Mode, Mode] = "GATE_UP", "DOWN"
-PLACE_PAIRS, PLACE_SLOTS, PLACE_WARPS = 2048, 32, 8
+PLACE_PAIRS, PLACE_SLOTS, PLACE_WARPS = 8192, 32, 8
 """Pairs and slots up to which `place_rows` does without a sort, and warps of its blocks; as in route.cu."""
 
 _Grouped = structure(
