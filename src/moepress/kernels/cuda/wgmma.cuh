@@ -11,10 +11,10 @@ template <int N> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// A tile of rows of 64 numbers (128 bytes), chunk c of row r at 16 * (c ^ r % 8); 1024-byte aligned.
-__device__ __forceinline__ u64 swizzled_tile(u32 address) {
-    return u64((address & 0x3ffff) >> 4) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
-}
+// A tile of rows of 64 numbers (128 bytes), chunk c of row r at 16 * (c ^ r % 8); 1024-byte aligned. What begins further on
+// is that plus sixteenths of bytes: few operations, and those for the uniform pipe.
+__device__ __forceinline__ u32 swizzled_tile(u32 address) { return (address & 0x3ffff) >> 4 | 1 << 16; }
+__device__ __forceinline__ u64 descriptor(u32 lower) { return u64(1024 >> 4 | 1 << 30) << 32 | lower; }
 
 // D layout: d[4 i + 2 r + e] is row (16 warp + lane / 4 + 8 r), column 8 i + 2 (lane % 4) + e.
 template <int N, bool BF16> struct Wgmma;
