@@ -4,7 +4,7 @@
     python benchmarks/kernels.py [--only dense,layers,widths,ranks,mixed] [--tokens 1,64] [--alone] [--seconds 0.3]
                                  [--note TEXT]
 
-What is timed and how is `moepress bench`'s: CUDA graphs, cold L2, uniform routing, medians; the ratios are taken within
+What is timed and how is `moepress bench`'s: CUDA graphs, cold L2, uniform routing, medians; ratios are taken within
 one run; `--alone` times moepress's kernels only. `mixed` has no peer: one layer whose experts have 1, 2, 3 and 4 bits in
 turn, against the mean of the four uniform layers.
 """

@@ -38,7 +38,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
 def test_a_layer_agrees_with_its_reference(problem: Problem, kernels: Kernels) -> None:
     (row,) = run(problem, [Moepress()])
     assert row.reason is None and 0 < row.error < 0.02 and row.repeatable, row.trace
-    assert set(kernels.calls) == {"experts" if problem.moe else "linear"}
+    in_records = problem.rank == 8  # of a rank of 6 a scale belongs to several rows' parts, and K is no multiple of 64
+    dense = "linear with factors" if in_records else "linear"
+    assert set(kernels.calls) == {"experts" if problem.moe else dense}
     assert row.note.endswith(" b, real zeros")
 
 

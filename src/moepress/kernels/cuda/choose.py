@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which instance of which kernel runs a problem, and with how much shared memory. Pure arithmetic.
 
-The rules come from measurements on an H200 (docs/LOG.md): warps that share a row block, and how many tokens make a
-tile. Tiles of up to 24 tokens multiply bytes; wider ones multiply scaled weights, and from 80 on a warpgroup has two row
-tiles.
+The rules come from measurements on an H200 and an H100 (docs/LOG.md): warps that share a row block, and how many tokens
+make a tile. Tiles of up to 24 tokens multiply bytes; wider ones multiply scaled weights, and from 80 on a warpgroup has
+two row tiles.
 """
 
 from __future__ import annotations
