@@ -5,7 +5,7 @@
                                  [--note TEXT]
 
 What is timed and how is `moepress bench`'s: CUDA graphs, cold L2, uniform routing, medians; ratios are taken within
-one run; `--alone` times moepress's kernels only. `mixed` has no peer: a layer whose experts have 1, 2, 3 and 4 bits in turn,
+one run; `--alone` times moepress alone. `mixed` has no peer: a layer whose experts have 1, 2, 3 and 4 bits in turn,
 against the mean of the four uniform layers.
 """
 
