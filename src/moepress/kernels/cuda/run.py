@@ -92,9 +92,11 @@ def linear(
     columns = bank.layouts[0].padded_columns
     if columns != x.shape[1]:
         x = torch.nn.functional.pad(x, (0, columns - x.shape[1]))
-    tile, stages = find_tile(x, bank, "DENSE", choose.dense_tiles(bank.shape, len(x), processors_of(x.device.index)))
+    processors = processors_of(x.device.index)
+    tile, stages = find_tile(x, bank, "DENSE", choose.dense_tiles(bank.shape, len(x), processors))
     rows = prepare(x, bank, len(x), plain=False, in_bytes=True) if tile.takes_bytes else Rows(x, None, None)
-    grouped("DENSE", tile, stages, rows, y, bank, out_features, len(x), bias=bias)
+    tiles = choose.dense_token_tiles(bank.shape, tile, len(x), processors)
+    grouped("DENSE", tile, stages, rows, y, bank, out_features, len(x), bias=bias, splits=(tiles, 0))
     return y
 
 
