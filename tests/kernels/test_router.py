@@ -127,12 +127,14 @@ def test_work_is_shared_completely(tokens: int, columns: int, experts: int, proj
     assert launcher.CLUSTER * shape.shares * shape.run * 32 >= columns
     # with few experts every warp has columns, where there are enough
     assert shape.blocks > 8 or shape.shares * shape.blocks > launcher.WARPS / 2
-    assert 0 < shape.shared_bytes <= 227 * 1024 - 1024 - 8
+    assert 0 < shape.shared_bytes <= 227 * 1024 - 1024 - 32
+    assert shape.each == min(tokens, launcher.TOKENS) or (experts > 448 and projections > 24 and shape.each == 7)
 
 
 def test_the_launcher_counts_as_the_kernel_does() -> None:
     text = (SOURCES / launcher.SOURCE).read_text()
-    for words in (f"ROUTE_WARPS = {launcher.WARPS},", f"TOKENS = {launcher.TOKENS};", "SPAN = 32;", "AHEAD = 4;"):
+    warps = f"ROUTE_WARPS = {launcher.WARPS},", f"SELECTOR_WARPS = {launcher.SELECTOR_WARPS},"
+    for words in (*warps, f"TOKENS = {launcher.TOKENS};", "SPAN = 32;"):
         assert words in text
     kinds = [launcher.route_instance(torch.bfloat16, launcher.Kind(each, 8, False)) for each in (1, 32, 33, 128, 512)]
     assert [kind.split(", ")[2] for kind in kinds] == ["1", "1", "2", "4", "16"]

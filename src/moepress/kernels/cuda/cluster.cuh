@@ -13,15 +13,19 @@ template <int CLUSTER> __device__ __forceinline__ int rank_in_cluster() {
     return rank;
 }
 
+// A box of the first block for so many bytes, before `open_boxes`.
+template <int CLUSTER> __device__ __forceinline__ void make_box(u64* box, int rank, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    if (CLUSTER == 1 || rank || threadIdx.x) return;
+    mbarrier_init(shared_address(box), 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    mbarrier_expect(shared_address(box), bytes);
+#endif
+}
 // All threads of all blocks, before and after which others' shared memory may be written.
-template <int CLUSTER> __device__ __forceinline__ void open_box(u64* box, int rank, int bytes) {
+template <int CLUSTER> __device__ __forceinline__ void open_boxes() {
 #if __CUDA_ARCH__ >= 900
     if (CLUSTER == 1) return;
-    if (rank == 0 && threadIdx.x == 0) {
-        mbarrier_init(shared_address(box), 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        mbarrier_expect(shared_address(box), bytes);
-    }
     __syncwarp();
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif

@@ -199,6 +199,10 @@ template <bool ADD> __device__ __forceinline__ void mma_bytes(int (&c)[4], const
 __device__ __forceinline__ void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// The same without waiting, for threads that only have something ready for the others.
+__device__ __forceinline__ void arrive_at(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // ---- shared memory and copies -------------------------------------------------------------------------------------
 

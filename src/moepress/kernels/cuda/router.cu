@@ -8,6 +8,9 @@
 // the columns of x for 16 experts; a block adds up its warps and sends the sums to the cluster's first block, in which a warp
 // for each token does the rest. Sums have one order, whatever the tokens and the grid. Weights are asked for before the
 // kernel ahead has ended.
+//
+// A selector has warps of its own, which do meanwhile what does not wait for the router: x's features, and from them the
+// costs of all experts but for what their weights add.
 #include "cluster.cuh"
 #include "selector.cuh"
 
@@ -30,9 +33,12 @@ struct RouteArguments {
 };
 
 constexpr int ROUTE_WARPS = 16, ROUTE_THREADS = ROUTE_WARPS * WARP;
+constexpr int SELECTOR_WARPS = 4, SELECTOR_THREADS = SELECTOR_WARPS * WARP;  // besides, with a selector
 constexpr int TOKENS = 8;   // columns of a product
 constexpr int SPAN = 32;    // columns of x in a lane's 16 bytes of a row: those of four lanes, two products
 constexpr int AHEAD = 4;    // spans under way
+// Named barriers: of the router's warps, of the selector's, and from there on one for each token, of both that have it.
+constexpr int ROUTER_READY = 1, SELECTOR_READY = 2, COSTS_READY = 3;
 
 // ---- products -----------------------------------------------------------------------------------------------------
 
@@ -162,67 +168,98 @@ __device__ __forceinline__ void add_logits(float (&logits)[PER], const float* pa
     }
 }
 
-// ---- the selector's features ----------------------------------------------------------------------------------------
+// ---- the selector's warps -------------------------------------------------------------------------------------------
 
-// Rows of P over the warps, and where there are fewer rows than warps, several parts of the columns.
+// A span of eight rows of P, of which a lane has one, and of x.
+struct Projected {
+    float4 w[2];
+    uint4 x;
+
+    // Nothing from `end` on.
+    __device__ __forceinline__ void load_weights(const float* row, int column, int end) {
+        const float4* from = reinterpret_cast<const float4*>(row + column);
+        const float4 none = make_float4(0.f, 0.f, 0.f, 0.f);
+        w[0] = column < end ? from[0] : none, w[1] = column < end ? from[1] : none;
+    }
+    __device__ __forceinline__ void load_x(const u16* token, int column, int end) {
+        x = load_words(token + column, column < end);
+    }
+
+    // c += P x, with P as two numbers of x's type: rows 0 to 7 have the sums of P rounded, the others those of what that left,
+    // 16 bits of P or more in all. `square` += the sum of squares of x here.
+    template <bool BF16> __device__ __forceinline__ void multiply(float (&c)[4], float& square) const {
+        u32 high[4], low[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float a = i % 2 ? w[i / 2].z : w[i / 2].x, b = i % 2 ? w[i / 2].w : w[i / 2].y;
+            high[i] = Half<BF16>::pack(a, b);
+            low[i] = Half<BF16>::pack(a - Half<BF16>::lo(high[i]), b - Half<BF16>::hi(high[i]));
+        }
+        const u32 first[4] = {high[0], low[0], high[1], low[1]}, second[4] = {high[2], low[2], high[3], low[3]};
+        mma<BF16, true>(c, first, x.x, x.y);
+        mma<BF16, true>(c, second, x.z, x.w);
+        float wide[OCTET];
+        widen_octet<BF16>(wide, x);
+#pragma unroll
+        for (int j = 0; j < OCTET; ++j) square = fmaf(wide[j], wide[j], square);
+    }
+};
+
+// Eight rows of P for each block of a warp, and where there are fewer blocks than warps, several parts of the columns.
 template <int R> struct Projections {
-    static constexpr int EACH = (R + ROUTE_WARPS - 1) / ROUTE_WARPS, SHARES = R < ROUTE_WARPS ? ROUTE_WARPS / R : 1;
-    float w[EACH][OCTET];
-    uint4 ahead;  // the first octet of the first token
-    int row, share, column;
+    static constexpr int FEATURES = R + 1;  // the last is the sum of squares
+    static constexpr int BLOCKS = (R + OCTET - 1) / OCTET, SHARES = SELECTOR_WARPS / BLOCKS;
+    static_assert(BLOCKS <= SELECTOR_WARPS, "a warp has eight rows");
+    Projected next[AHEAD];
+    const float* weights;  // the lane's row
+    const u16* x;          // the lane's token
+    int row, share, begin, end, x_end;  // columns, none where row or token is not real
 
-    template <int CLUSTER> __device__ __forceinline__ void load_weights(const RouteArguments& p, int warp, int lane, int rank) {
-        row = warp % R, share = warp / R;
-        column = share < SHARES ? (share * CLUSTER + rank) * CHUNK + lane * OCTET : p.columns;
-        load_rows<R, ROUTE_WARPS>(w, p.selector.projection, p.columns, row, column);
+    template <int CLUSTER> __device__ __forceinline__ void load_weights(const RouteArguments& p, int rank, int warp, int lane) {
+        constexpr int STEP = CLUSTER * SHARES * SPAN;
+        const int run = (p.columns + STEP - 1) / STEP * SPAN;
+        row = warp % BLOCKS * OCTET + lane / 4, share = warp / BLOCKS;
+        begin = (rank * SHARES + share) * run + lane % 4 * OCTET;
+        x_end = share < SHARES ? min(begin + run, p.columns) : 0, end = row < R ? x_end : 0;
+        weights = p.selector.projection + (u64)row * p.columns;
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a) next[a].load_weights(weights, begin + a * SPAN, end);
     }
-    __device__ __forceinline__ void load_x(const RouteArguments& p, int first) {
-        ahead = load_words(p.x + (u64)first * p.columns + column, column < p.columns);
+    __device__ __forceinline__ void load_x(const RouteArguments& p, int token, bool real) {
+        x = p.x + (u64)token * p.columns, x_end = real ? x_end : 0;
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a) next[a].load_x(x, begin + a * SPAN, x_end);
     }
-    // Sums [SHARES][each][R + 1] of this block; the last of R + 1 is the sum of squares.
+    // Sums [SHARES][each][FEATURES] of this block's columns.
     template <bool BF16, int CLUSTER>
-    __device__ __forceinline__ void multiply(const RouteArguments& p, int first, int here, int lane, float* sums_of) {
+    __device__ __forceinline__ void multiply(const RouteArguments& p, int here, int lane, float* sums) {
+        constexpr int STEP = CLUSTER * SHARES * SPAN;
+        const int run = share < SHARES ? (p.columns + STEP - 1) / STEP * SPAN : 0;
+        float c[2][4] = {}, square = 0.f;  // the latter of this lane's columns of token lane / 4
+        for (int at = 0; at < run; at += AHEAD * SPAN) {
+            begin += AHEAD * SPAN;
+#pragma unroll
+            for (int a = 0; a < AHEAD; ++a) {
+                next[a].template multiply<BF16>(c[a % 2], square);
+                next[a].load_weights(weights, begin + a * SPAN, end);
+                next[a].load_x(x, begin + a * SPAN, x_end);
+            }
+        }
+        square += __shfl_xor_sync(~0u, square, 1), square += __shfl_xor_sync(~0u, square, 2);
         if (share >= SHARES) return;
-        float sums[EACH][TOKENS] = {}, squares[TOKENS] = {};
-        for (int from = column; from - lane * OCTET < p.columns; from += SHARES * CLUSTER * CHUNK) {
-            if (from != column) load_rows<R, ROUTE_WARPS>(w, p.selector.projection, p.columns, row, from);
-            uint4 words[TOKENS];
+        float* to = sums + share * p.each * FEATURES;
 #pragma unroll
-            for (int t = 0; t < TOKENS; ++t)
-                if (t || from != column)
-                    words[t] = load_words(p.x + (u64)(first + t) * p.columns + from, t < here && from < p.columns);
-                else
-                    words[t] = ahead;
-#pragma unroll
-            for (int t = 0; t < TOKENS; ++t) {
-                if (t >= here) break;
-                float x[OCTET];
-                widen_octet<BF16>(x, words[t]);
-#pragma unroll
-                for (int j = 0; j < OCTET; ++j) {
-                    squares[t] = fmaf(x[j], x[j], squares[t]);
-#pragma unroll
-                    for (int i = 0; i < EACH; ++i) sums[i][t] = fmaf(w[i][j], x[j], sums[i][t]);
-                }
-            }
+        for (int i = 0; i < 2; ++i) {
+            const int t = lane % 4 * 2 + i;
+            const float high = c[0][i] + c[1][i], low = c[0][i + 2] + c[1][i + 2];
+            if (t < here && row < R) to[t * FEATURES + row] = high + low;
         }
-#pragma unroll
-        for (int t = 0; t < TOKENS; ++t) {
-            if (t >= here) break;
-            float* to = sums_of + (share * p.each + t) * (R + 1);
-#pragma unroll
-            for (int i = 0; i < EACH; ++i) {
-                const float sum = add_lanes(sums[i][t]);
-                if (lane == 0 && row + i * ROUTE_WARPS < R) to[row + i * ROUTE_WARPS] = sum;
-            }
-            const float sum = add_lanes(squares[t]);
-            if (lane == 0 && row == 0) to[R] = sum;
-        }
+        if (lane / 4 < here && row == lane / 4 && lane % 4 == 0) to[row * FEATURES + R] = square;
     }
 };
 
 template <> struct Projections<0> {
-    static constexpr int SHARES = 0;
+    static constexpr int FEATURES = 0, SHARES = 0;
 };
 
 __device__ __forceinline__ void fetch(float* to, const float* from) {  // a copy under way to shared memory
@@ -230,10 +267,93 @@ __device__ __forceinline__ void fetch(float* to, const float* from) {  // a copy
 }
 
 // To [num_experts][R + 1]: an expert's sensitivities, then its offset.
-template <int R> __device__ __forceinline__ void fetch_experts(float* table, const RouteArguments& p) {
-    for (int i = threadIdx.x; i < p.num_experts * (R + 1); i += ROUTE_THREADS) {
-        const int e = i / (R + 1), at = i % (R + 1);
-        fetch(table + i, at < R ? p.selector.sensitivity + e * R + at : p.selector.offset + e);
+template <int R> __device__ __forceinline__ void fetch_experts(float* table, const RouteArguments& p, int thread) {
+#pragma unroll 1
+    for (int e = thread; e < p.num_experts; e += SELECTOR_THREADS) {
+#pragma unroll
+        for (int i = 0; i < R; ++i) fetch(table + e * (R + 1) + i, p.selector.sensitivity + e * R + i);
+        fetch(table + e * (R + 1) + R, p.selector.offset + e);
+    }
+}
+
+// Shared memory of a selector.
+template <int R, int CLUSTER> struct SelectorMemory {
+    float* parts;  // [CLUSTER][each][FEATURES], of the first block
+    float* sums;   // [SHARES][each][FEATURES], of this block
+    float* costs;  // [each][num_experts + 2], of the first block: z without weights, then power and the z worth the price
+    float* table;  // [num_experts][FEATURES], of the first block
+
+    __device__ __forceinline__ SelectorMemory(const RouteArguments& p, float* from) {
+        constexpr int FEATURES = Projections<R>::FEATURES;
+        parts = from;
+        sums = parts + CLUSTER * p.each * FEATURES;
+        costs = sums + Projections<R>::SHARES * p.each * FEATURES;
+        table = costs + p.each * (p.num_experts + 2);
+    }
+};
+
+// One token's z of all experts but for its weights, from the sums of the blocks; `setting` is the lane's of the last two.
+template <int R, int CLUSTER>
+__device__ __forceinline__ void cost_experts(
+    const RouteArguments& p, const SelectorMemory<R, CLUSTER>& memory, float setting, int t, int lane) {
+    constexpr int FEATURES = R + 1;
+    float* costs = memory.costs + t * (p.num_experts + 2);
+    float own = 0.f, square = 0.f, feature[R];
+#pragma unroll
+    for (int c = 0; c < CLUSTER; ++c) {
+        const float* from = memory.parts + (c * p.each + t) * FEATURES;
+        square += from[R];
+        if (lane < R) own += from[lane];
+    }
+    own *= rsqrtf(__fdividef(square, p.columns) + LEAST);
+#pragma unroll
+    for (int i = 0; i < R; ++i) feature[i] = __shfl_sync(~0u, own, i);
+    for (int e = lane; e < p.num_experts; e += WARP) {
+        const float* expert = memory.table + e * FEATURES;
+        float z = expert[R];
+#pragma unroll
+        for (int i = 0; i < R; ++i) z = fmaf(expert[i], feature[i], z);
+        costs[e] = z;
+    }
+    if (lane < 2) costs[p.num_experts + lane] = setting;
+}
+
+// All that the selector's warps do.
+template <bool BF16, int R, int CLUSTER>
+__device__ __forceinline__ void select_meanwhile(
+    const RouteArguments& p, float* shared, int first, int here, int rank, int warp, int lane, u64* box) {
+    constexpr int FEATURES = R + 1, SHARES = Projections<R>::SHARES;
+    __shared__ float settings[2];  // power and dial, of the first block
+    const SelectorMemory<R, CLUSTER> memory(p, shared);
+    Projections<R> projections;
+    projections.template load_weights<CLUSTER>(p, rank, warp, lane);
+    if (rank == 0) fetch_experts<R>(memory.table, p, warp * WARP + lane);
+    await_producers();
+    allow_dependents();
+    projections.load_x(p, first + lane / 4, lane / 4 < here);
+    if (rank == 0 && warp == 0 && lane < 2) fetch(settings + lane, lane ? p.selector.dial : p.selector.power);
+    copy_commit();
+    projections.template multiply<BF16, CLUSTER>(p, here, lane, memory.sums);
+    named_barrier(SELECTOR_READY, SELECTOR_THREADS);
+    await_open<CLUSTER>();
+#pragma unroll 1
+    for (int t = warp; t < here; t += SELECTOR_WARPS)
+        for (int i = lane; i < FEATURES; i += WARP) {
+            float sum = 0.f;
+#pragma unroll
+            for (int s = 0; s < SHARES; ++s) sum += memory.sums[(s * p.each + t) * FEATURES + i];
+            send<CLUSTER>(memory.parts + (rank * p.each + t) * FEATURES + i, sum, box);
+        }
+    if (rank) return;
+    copy_wait<0>();
+    named_barrier(SELECTOR_READY, SELECTOR_THREADS);
+    if (warp >= here) return;
+    const float setting = lane ? log_price(settings[1]) : settings[0];
+    await_parts<CLUSTER>(box, true);
+#pragma unroll 1
+    for (int t = warp; t < here; t += SELECTOR_WARPS) {
+        cost_experts<R, CLUSTER>(p, memory, setting, t, lane);
+        arrive_at(COSTS_READY + t, 2 * WARP);
     }
 }
 
@@ -241,23 +361,31 @@ template <int R> __device__ __forceinline__ void fetch_experts(float* table, con
 
 // PER: experts a lane, R: the selector's features, 0 without; a cluster for each `each` tokens. The launcher counts the same
 // shared memory (router.py).
-template <bool BF16, bool WIDE, int PER, int R, int CLUSTER> __global__ void __launch_bounds__(ROUTE_THREADS)
+template <bool BF16, bool WIDE, int PER, int R, int CLUSTER>
+__global__ void __launch_bounds__(ROUTE_THREADS + (R ? SELECTOR_THREADS : 0))
 route(const RouteArguments p) {
-    static_assert(R <= WARP && 2 * TOKENS <= ROUTE_WARPS, "a lane has a feature, a warp decides for a token");
-    constexpr int LINE = PER * WARP, FEATURES = R ? R + 1 : 0;
+    static_assert(R <= WARP && TOKENS <= ROUTE_WARPS, "a lane has a feature, a warp decides for a token");
+    static_assert(CLUSTER > 1, "await_parts is not for all threads of a block");
+    constexpr int LINE = PER * WARP, FEATURES = Projections<R>::FEATURES;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int rank = rank_in_cluster<CLUSTER>(), first = blockIdx.x / CLUSTER * p.each;
     const int here = min(p.each, p.tokens - first), rows = p.blocks * ROWS;
 
     extern __shared__ __align__(16) float shared[];
     __shared__ __align__(8) u64 box;
-    float* parts = shared;                                          // [CLUSTER][each][LINE], of the first block
-    float* sums = parts + CLUSTER * p.each * LINE;                  // [shares][each][rows], of this block
-    float* part_features = sums + p.shares * p.each * rows;         // [CLUSTER][each][FEATURES], of the first block
-    float* features = part_features + CLUSTER * p.each * FEATURES;  // [SHARES][each][FEATURES], of this block
-    float* table = features + Projections<R>::SHARES * p.each * FEATURES;  // [num_experts][FEATURES], power, dial
+    __shared__ __align__(8) u64 feature_box;
+    float* parts = shared;                          // [CLUSTER][each][LINE], of the first block
+    float* sums = parts + CLUSTER * p.each * LINE;  // [shares][each][rows], of this block
+    float* rest = sums + p.shares * p.each * rows;  // the selector's
 
-    open_box<CLUSTER>(&box, rank, CLUSTER * here * (rows + FEATURES) * sizeof(float));
+    make_box<CLUSTER>(&box, rank, CLUSTER * here * rows * sizeof(float));
+    if constexpr (R > 0) make_box<CLUSTER>(&feature_box, rank, CLUSTER * here * FEATURES * sizeof(float));
+    open_boxes<CLUSTER>();
+    if constexpr (R > 0)
+        if (warp >= ROUTE_WARPS) {
+            select_meanwhile<BF16, R, CLUSTER>(p, rest, first, here, rank, warp - ROUTE_WARPS, lane, &feature_box);
+            return;
+        }
     const int share = warp * p.inverse >> 16;
     int block = warp - share * p.blocks, row = block * ROWS + lane / 4;
     const int begin = (rank * p.shares + share) * p.run * SPAN + lane % 4 * OCTET;  // columns
@@ -265,23 +393,12 @@ route(const RouteArguments p) {
     Operands next[AHEAD];
 #pragma unroll
     for (int a = 0; a < AHEAD; ++a) next[a].load_weights(p, row, begin + a * SPAN, end);
-    Projections<R> projections;
-    if constexpr (R > 0) {
-        projections.template load_weights<CLUSTER>(p, warp, lane, rank);
-        if (rank == 0) fetch_experts<R>(table, p);
-    }
     await_producers();
     allow_dependents();
     const u16* x = p.x + (u64)(first + lane / 4) * p.columns;
     const int x_end = lane / 4 < here ? end : begin;
 #pragma unroll
     for (int a = 0; a < AHEAD; ++a) next[a].load_x(p, x, begin + a * SPAN, x_end);
-    if constexpr (R > 0) {
-        projections.load_x(p, first);
-        if (rank == 0 && threadIdx.x < 2)
-            fetch(table + p.num_experts * FEATURES + threadIdx.x, threadIdx.x ? p.selector.dial : p.selector.power);
-        copy_commit();
-    }
 
     while (block < p.blocks && share < p.shares) {
         float c[AHEAD][4] = {};
@@ -307,11 +424,7 @@ route(const RouteArguments p) {
             next[a].load_x(p, x, begin + a * SPAN, x_end);
         }
     }
-    if constexpr (R > 0) {
-        projections.template multiply<BF16, CLUSTER>(p, first, here, lane, features);
-        copy_wait<0>();
-    }
-    __syncthreads();
+    named_barrier(ROUTER_READY, ROUTE_THREADS);
     await_open<CLUSTER>();
 
     if (warp < here)
@@ -323,14 +436,6 @@ route(const RouteArguments p) {
             }
             send<CLUSTER>(parts + (rank * p.each + warp) * LINE + at, sum, &box);
         }
-    if constexpr (R > 0)  // by other warps
-        if (const int t = warp - TOKENS; t >= 0 && t < here)
-            for (int i = lane; i < FEATURES; i += WARP) {
-                float sum = 0.f;
-#pragma unroll
-                for (int s = 0; s < Projections<R>::SHARES; ++s) sum += features[(s * p.each + t) * FEATURES + i];
-                send<CLUSTER>(part_features + (rank * p.each + t) * FEATURES + i, sum, &box);
-            }
 
     const bool decides = rank == 0 && warp < here;
     await_parts<CLUSTER>(&box, decides);
@@ -339,20 +444,12 @@ route(const RouteArguments p) {
     add_logits<BF16, WIDE, PER, CLUSTER>(logits, parts + warp * LINE, p.each * LINE, p, first + warp, lane);
     int id = choose<BF16, WIDE>(logits, p, lane, weight);
     if constexpr (R > 0) {
-        float feature = 0.f, square = 0.f;
-#pragma unroll
-        for (int c = 0; c < CLUSTER; ++c) {
-            const float* from = part_features + (c * p.each + warp) * FEATURES;
-            square += from[R];
-            if (lane < R) feature += from[lane];
-        }
-        Choice<R> choice;
-        choice.weight = weight, choice.offset = table[id * FEATURES + R];
-        choice.power = table[p.num_experts * FEATURES], choice.dial = table[p.num_experts * FEATURES + 1];
-#pragma unroll
-        for (int i = 0; i < R; ++i) choice.sensitivity[i] = table[id * FEATURES + i];
-        const bool kept = choice.decide(p.slots, p.rescales, lane, feature * rsqrtf(square / p.columns + LEAST));
-        id = kept ? id : -1, weight = choice.weight;
+        const Total total(p.rescales, weight, p.slots);
+        const float* costs = SelectorMemory<R, CLUSTER>(p, rest).costs + warp * (p.num_experts + 2);
+        const float log = log_weight(weight);
+        named_barrier(COSTS_READY + warp, 2 * WARP);
+        const float z = fmaf(costs[p.num_experts], log, costs[id]);
+        if (!decide(z, costs[p.num_experts + 1], total, weight, p.slots, lane)) id = -1;
     }
     if (lane >= p.slots) return;
     const u64 at = (u64)(first + warp) * p.slots + lane;

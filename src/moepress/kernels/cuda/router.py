@@ -23,8 +23,10 @@ _Arguments = structure(
     "scaling",
 )  # fmt: skip
 SOURCE = "router.cu"
-CLUSTER, WARPS, TOKENS = 8, 16, 8
-"""Thread blocks of a cluster, warps of a thread block, and tokens that a cluster takes at most."""
+CLUSTER, WARPS, SELECTOR_WARPS, TOKENS = 8, 16, 4, 8
+"""Thread blocks of a cluster, warps of a thread block, a selector's warps besides, and tokens of a cluster at most."""
+SHARED_BYTES = 227 * 1024 - 1024 - 32
+"""Dynamic shared memory of a thread block at most: less what the system has, and the kernel's own."""
 _ROWS, _SPAN = 16, 32
 """Experts and columns of a warp's step."""
 
@@ -53,16 +55,17 @@ class Shape(NamedTuple):
 
 @cache
 def shape_of(tokens: int, columns: int, experts: int, projections: int) -> Shape:
-    each, blocks = min(tokens, TOKENS), -(-experts // _ROWS)
+    blocks = -(-experts // _ROWS)
     shares = max(WARPS // blocks, 1)
-    features = projections + 1 if projections else 0
-    feature_shares = max(WARPS // projections, 1) if projections else 0
-    floats = each * (
-        CLUSTER * 32 * _per_lane(experts) + shares * blocks * _ROWS + (CLUSTER + feature_shares) * features
-    )
-    floats += experts * features + 2 if projections else 0
+    floats = CLUSTER * 32 * _per_lane(experts) + shares * blocks * _ROWS  # of a token
+    table = 0
+    if projections:
+        features = projections + 1
+        floats += (CLUSTER + SELECTOR_WARPS // -(-projections // 8)) * features + experts + 2
+        table = experts * features
+    each = min(tokens, TOKENS, (SHARED_BYTES // 4 - table) // floats)  # 7 with 512 experts and 32 projections
     run = -(-columns // (_SPAN * CLUSTER * shares))
-    return Shape(each, blocks, shares, run, 4 * floats)
+    return Shape(each, blocks, shares, run, 4 * (each * floats + table))
 
 
 def launch_route(x: torch.Tensor, weight: torch.Tensor, routing: Routing, selection: Selection | None) -> Routed:
@@ -86,8 +89,9 @@ def launch_route(x: torch.Tensor, weight: torch.Tensor, routing: Routing, select
     )  # fmt: skip
     function = find_function(SOURCE, route_instance(x.dtype, kind), x.device.index)
     clusters = -(-tokens // shape.each)
+    warps = WARPS + (SELECTOR_WARPS if kind.projections else 0)
     function.launch(
-        CLUSTER * clusters, 32 * WARPS, shape.shared_bytes, (arguments,), cluster=CLUSTER, programmatic=True
+        CLUSTER * clusters, 32 * warps, shape.shared_bytes, (arguments,), cluster=CLUSTER, programmatic=True
     )
     return logits, weights, ids
 

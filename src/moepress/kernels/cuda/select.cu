@@ -25,6 +25,11 @@ constexpr int SELECT_WARPS = 8;                 // that multiply
 template <int TOKENS> constexpr int DECIDERS_FROM = TOKENS == 1 ? SELECT_WARPS : 0;
 template <int TOKENS> constexpr int SELECT_THREADS = WARP * (SELECT_WARPS + (TOKENS == 1));
 
+// What a lane must know of its choice.
+template <int R> struct Choice {
+    float weight, z, least, sensitivity[R];  // z without the features
+};
+
 // The lane's choice and its expert; asked for before the projections, which take as long.
 template <bool BF16, int R>
 __device__ __forceinline__ long long load_choice(Choice<R>& choice, const SelectArguments& p, int token, int lane) {
@@ -32,9 +37,9 @@ __device__ __forceinline__ long long load_choice(Choice<R>& choice, const Select
     const u64 at = (u64)token * p.slots + lane;
     const long long id = !real ? 0 : p.ids_wide ? ((const long long*)p.ids)[at] : (long long)((const int*)p.ids)[at];
     choice.weight = !real ? 0.f : p.weights_wide ? ((const float*)p.weights)[at] : widen<BF16>(((const u16*)p.weights)[at]);
-    choice.power = *p.selector.power, choice.dial = *p.selector.dial;
+    choice.least = log_price(*p.selector.dial);
     const long long e = id < 0 || id >= p.num_experts ? 0 : id;
-    choice.offset = p.selector.offset[e];
+    choice.z = fmaf(*p.selector.power, log_weight(choice.weight), p.selector.offset[e]);
 #pragma unroll
     for (int i = 0; i < R; ++i) choice.sensitivity[i] = p.selector.sensitivity[e * R + i];
     return id;
@@ -61,7 +66,8 @@ select(const SelectArguments p) {
     const int rank = rank_in_cluster<CLUSTER>(), first = blockIdx.x / CLUSTER * TOKENS;
     const int own = warp - DECIDERS_FROM<TOKENS>;  // which token this warp decides for, if any
     const bool decides = rank == 0 && own >= 0 && own < TOKENS;
-    open_box<CLUSTER>(&box, rank, sizeof(parts));
+    make_box<CLUSTER>(&box, rank, sizeof(parts));
+    open_boxes<CLUSTER>();
     float w[AHEAD][EACH][OCTET];
     // past the ends for warps that do not multiply
     int column = warp < SELECT_WARPS ? rank * CHUNK + lane * OCTET : p.columns + lane * OCTET;
@@ -120,6 +126,10 @@ select(const SelectArguments p) {
         square += parts[own][c][R];
         if (lane < R) feature += parts[own][c][lane];
     }
-    const bool kept = choice.decide(p.slots, p.renormalises, lane, feature * rsqrtf(square / p.columns + LEAST));
+    feature *= rsqrtf(square / p.columns + LEAST);
+#pragma unroll
+    for (int i = 0; i < R; ++i) choice.z = fmaf(choice.sensitivity[i], __shfl_sync(~0u, feature, i), choice.z);
+    const Total total(p.renormalises, choice.weight, p.slots);
+    const bool kept = decide(choice.z, choice.least, total, choice.weight, p.slots, lane);
     if (lane < p.slots) store_choice<BF16>(p, first + own, lane, kept ? id : -1, choice.weight);
 }

@@ -47,28 +47,40 @@ __device__ __forceinline__ u32 greatest(u32 x) {  // of the warp
 #endif
 }
 
-// What a lane must know of its choice.
-template <int R> struct Choice {
-    float weight, offset, power, dial, sensitivity[R];  // the weight 0 in lanes that have no choice
+// What a weight adds to z, over the power.
+__device__ __forceinline__ float log_weight(float weight) { return __logf(fmaxf(weight, LEAST)); }
 
-    // Whether the choice is kept; changes its weight. `feature` is that of the lane's number.
-    __device__ __forceinline__ bool decide(int slots, bool renormalises, int lane, float feature) {
-        const bool real = lane < slots;
-        float z = fmaf(power, logf(fmaxf(weight, LEAST)), offset);
-#pragma unroll
-        for (int i = 0; i < R; ++i) z = fmaf(sensitivity[i], __shfl_sync(~0u, feature, i), z);
-        const u32 rank = real ? ordered(z) : 0;
-        const u32 dearest = __ballot_sync(~0u, real & (rank == greatest(rank)));
-        const bool kept = real && (expf(z) >= 1.f + dial || lane == max(__ffs(dearest), 1) - 1);
-        float scale = 1.f;
-        if (renormalises) {
-            const float all = add_slots(weight, slots), rest = add_slots(kept ? weight : 0.f, slots);
-            if (rest > 0.f) scale = all / rest;
-        }
-        weight = kept ? weight * scale : 0.f;
-        return kept;
-    }
+// The z from which a choice is worth the price.
+__device__ __forceinline__ float log_price(float dial) {
+    const float price = 1.f + dial;
+    return price <= 0.f ? -__int_as_float(0x7f800000) : logf(price);
+}
+
+// What the weights of choices that are kept shall add up to, if anything.
+struct Total {
+    bool wanted;
+    float all;
+    __device__ __forceinline__ Total(bool renormalises, float weight, int slots)
+        : wanted(renormalises), all(renormalises ? add_slots(weight, slots) : 0.f) {}
 };
+
+// Whether a lane's choice, if it has one, is kept; changes its weight, which is 0 in lanes that have none.
+__device__ __forceinline__ bool decide(float z, float least, Total total, float& weight, int slots, int lane) {
+    const bool real = lane < slots;
+    u32 kept = __ballot_sync(~0u, real && z >= least);
+    if (!kept) {  // the dearest, which is among those kept otherwise
+        const u32 rank = real ? ordered(z) : 0, most = greatest(rank);
+        kept = __ballot_sync(~0u, real && rank == most);
+        kept &= 0u - kept;
+    }
+    const bool mine = kept >> lane & 1;
+    weight = mine ? weight : 0.f;
+    if (total.wanted) {
+        const float rest = add_slots(weight, slots);
+        if (rest > 0.f && rest != total.all) weight *= __fdividef(total.all, rest);
+    }
+    return mine;
+}
 
 // ---- projections --------------------------------------------------------------------------------------------------
 
