@@ -108,21 +108,6 @@ def test_known_layers() -> None:
     assert mixed.template == "0, 4, 4, 64" and mixed.record_bytes == 4 * (128 * 4 + 64)
 
 
-@given(bank=banks(), tokens=tokens, cores=processors)
-def test_token_tiles_hold_all_tokens(bank: choose.Bank, tokens: int, cores: int) -> None:
-    for tile in choose.dense_tiles(bank, tokens, cores):
-        tiles = choose.dense_token_tiles(bank, tile, tokens, cores)
-        assert 1 <= tiles <= tokens and -(-tokens // tiles) <= tile.tokens
-
-
-def test_token_tiles_fill_the_last_round() -> None:
-    tall, square = (choose.Bank((RecordLayout(n, 4096, 3, 64),)) for n in (14336, 8192))
-    tile = choose.Tile(128, 2, 2, 1)
-    # 448 tiles of 128 columns take four rounds of 132, 616 of 96 five
-    assert choose.dense_token_tiles(tall, tile, 1024, 132) == 11
-    assert choose.dense_token_tiles(square, tile, 1024, 132) == 8
-
-
 @pytest.mark.parametrize("bits", BITS)
 def test_a_matrix_brings_its_middle_code(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """5- and 6-bit codes lie in words of 8: scaled around 128, they would round 15 times as badly."""

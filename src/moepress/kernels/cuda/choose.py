@@ -246,17 +246,5 @@ def dense_tiles(bank: Bank, tokens: int, processors: int) -> Sequence[Tile]:
     return best, Tile(best.tokens if best.tokens <= 32 else 64, 1, 1, 2), Tile(8, 1, 1, 1)
 
 
-def dense_token_tiles(bank: Bank, tile: Tile, tokens: int, processors: int) -> int:
-    """Token tiles of one matrix: more and narrower ones where they fill the last round of the processors better."""
-    rows, least = -(-bank.row_blocks // tile.row_blocks), -(-tokens // tile.tokens)
-
-    def columns(tiles: int) -> int:
-        """Of products that the busiest processor runs."""
-        each = tile.narrow if -(-tokens // tiles) <= tile.narrow else tile.tokens
-        return -(-rows * tiles // (processors * tile.blocks)) * each
-
-    return min(range(least, max(least, -(-tokens // tile.narrow)) + 1), key=columns)
-
-
 def _up(x: int, to: int) -> int:
     return -(-x // to) * to

@@ -35,7 +35,7 @@ struct Arguments {
     int records;            // of a row block
     int row_blocks;
     int stages;
-    int splits;             // PLAIN: parts of the columns, with a result each; DENSE: token tiles; else 1
+    int splits;             // PLAIN: parts of the columns, with a result each; else 1
     int split_records;      // of a part
 };
 
@@ -79,8 +79,9 @@ template <int NT, int TILE_BLOCKS, int MODE> struct Schedule {
 
     __device__ Work at(int index) const {
         if constexpr (MODE == DENSE) {
-            const int tile = index % splits, start = share(all_tokens, tile, splits);
-            return {0, start, share(all_tokens, tile + 1, splits) - start, index / splits * TILE_BLOCKS};
+            const int token_tiles = (all_tokens + NT - 1) / NT, tile = index % token_tiles;
+            const int start = share(all_tokens, tile, token_tiles);
+            return {0, start, share(all_tokens, tile + 1, token_tiles) - start, index / token_tiles * TILE_BLOCKS};
         }
         int low = 0, high = num_experts;  // the last expert whose tiles begin at or before this one
         while (high - low > 1) {
@@ -545,7 +546,7 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
     schedule.row_tiles = (p.row_blocks + C::ROW_BLOCKS - 1) / C::ROW_BLOCKS * (MODE == PLAIN ? p.splits : 1);
     schedule.first = firsts, schedule.tiles = tiles, schedule.num_experts = p.num_experts, schedule.all_tokens = p.tokens;
     schedule.splits = p.splits;
-    schedule.total = schedule.row_tiles * (MODE == DENSE ? p.splits : tiles[p.num_experts]);
+    schedule.total = schedule.row_tiles * (MODE == DENSE ? (p.tokens + NT - 1) / NT : tiles[p.num_experts]);
 
     if (thread >= C::CONSUMERS) {  // producer
         if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");

@@ -92,11 +92,9 @@ def linear(
     columns = bank.layouts[0].padded_columns
     if columns != x.shape[1]:
         x = torch.nn.functional.pad(x, (0, columns - x.shape[1]))
-    processors = processors_of(x.device.index)
-    tile, stages = find_tile(x, bank, "DENSE", choose.dense_tiles(bank.shape, len(x), processors))
+    tile, stages = find_tile(x, bank, "DENSE", choose.dense_tiles(bank.shape, len(x), processors_of(x.device.index)))
     rows = prepare(x, bank, len(x), plain=False, in_bytes=True) if tile.takes_bytes else Rows(x, None, None)
-    tiles = choose.dense_token_tiles(bank.shape, tile, len(x), processors)
-    grouped("DENSE", tile, stages, rows, y, bank, out_features, len(x), bias=bias, splits=(tiles, 0))
+    grouped("DENSE", tile, stages, rows, y, bank, out_features, len(x), bias=bias)
     return y
 
 
