@@ -480,10 +480,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     constexpr u32 SLOT = OWN_SIZE > V_SIZE ? OWN_SIZE : V_SIZE;
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ Active<NT> active;
-    // u t by the warp that stores, after the others have gone on to their next row block; what it gives is one part more
-    constexpr bool LATE = FACTORS && MODE != DOWN && STORING == 1;
-    constexpr int SUMMED = WARPS + LATE;
-    __shared__ float all_parts[GROUPS][2][SUMMED * PARTS * ROWS];
+    __shared__ float all_parts[GROUPS][2][WARPS * PARTS * ROWS];
     // by a shuffle: the same for the whole warp, so addresses of rings and records can live in uniform registers
     const int lane = threadIdx.x % WARP, any_warp = __shfl_sync(~0u, threadIdx.x / WARP, 0);
     const int warp = any_warp % WARPS, group = any_warp / WARPS;
@@ -614,9 +611,10 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             for (int i = 0; i < PARTS * ROWS / WARP; ++i) own[i * WARP + lane] = 0.f;
             __syncwarp();
         }
-        // u t of down's experts by one warp each, else by one that stores; u is asked for here and multiplied at the end
+        // u t: of gate and up by the last warp, which has the fewest columns, of down's experts by one warp each; asked for
+        // here and multiplied at the end
         FactorUnit<FACTORS ? FB : 1> unit;
-        int compensated = MODE == DOWN ? warp : storing() == 0 ? row_slot : count;
+        int compensated = MODE == GATE_UP ? (warp == WARPS - 1 ? row_slot : count) : warp;
         auto load_unit = [&](int i) {
             const u8* u = active.u[compensated];
             u = locate(u, row_block, i / U_UNITS, f.u_records, Record<U_UNITS, UNIT>::bytes(FB));
@@ -624,26 +622,6 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         };
         if constexpr (FACTORS)
             if (compensated < count && active.u[compensated]) load_unit(0);
-        auto compensate = [&](float (&sums)[2]) {
-            for (bool loaded = true; compensated < count; compensated += MODE == DOWN ? WARPS : count, loaded = false) {
-                if (!active.u[compensated]) continue;
-                if (!t_is_there) await_count(f.counters, STORING * items, lane), t_is_there = true;
-                const int pair = active.pair[compensated][NT == 1 ? 0 : lane / 8];
-                const u16* t = pair < 0 ? nullptr : f.t + pair * f.columns;
-                float part[2] = {};
-                for (int i = 0; i < f.u_records * U_UNITS; ++i) {
-                    u32 b[8];
-                    if (i > 0 || !loaded) load_unit(i);
-                    load_t(b, t, i * UNIT, f.columns, lane);
-                    unit.template multiply<BF16>(part, b);
-                }
-                if constexpr (SCATTERS) scatter(own, compensated, part);
-                else
-#pragma unroll
-                    for (int i = 0; i < 2; ++i)
-                        sums[i] = fmaf(MODE == DOWN ? active.weight[compensated][0] : 1.f, part[i], sums[i]);
-            }
-        };
         while (!here.at_end_of_row(p, count)) {
             fetch_next();
             ring.wait();
@@ -659,18 +637,30 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
                 for (int i = 0; i < 2; ++i) y[i] = MODE == DOWN ? fmaf(active.weight[here.slot][0], part[i], y[i]) : y[i] + part[i];
             here.next_record(p, steps);
         }
-        if constexpr (FACTORS && !LATE) compensate(y);
+        if constexpr (FACTORS) {
+            for (bool loaded = true; compensated < count; compensated += MODE == GATE_UP ? count : WARPS, loaded = false) {
+                if (!active.u[compensated]) continue;
+                if (!t_is_there) await_count(f.counters, STORING * items, lane), t_is_there = true;
+                const int pair = active.pair[compensated][NT == 1 ? 0 : lane / 8];
+                const u16* t = pair < 0 ? nullptr : f.t + pair * f.columns;
+                float part[2] = {};
+                for (int i = 0; i < f.u_records * U_UNITS; ++i) {
+                    u32 b[8];
+                    if (i > 0 || !loaded) load_unit(i);
+                    load_t(b, t, i * UNIT, f.columns, lane);
+                    unit.template multiply<BF16>(part, b);
+                }
+                if constexpr (SCATTERS) scatter(own, compensated, part);
+                else
+#pragma unroll
+                    for (int i = 0; i < 2; ++i)
+                        y[i] = fmaf(MODE == DOWN ? active.weight[compensated][0] : 1.f, part[i], y[i]);
+            }
+        }
         if constexpr (!SCATTERS) put_part<NT>(own, y, lane);
         named_barrier(1 + group, WARPS * WARP);
-        if (storing() < STORING) {
-            if constexpr (LATE) {
-                float late[2] = {};
-                compensate(late);
-                put_part<NT>(parts[turn % 2] + WARPS * PARTS * ROWS, late, lane);
-                __syncwarp();
-            }
-            finish_row<BF16, NT, PARTS, MODE, SUMMED, STORING>(p, active, parts[turn % 2], row_slot, row_block, storing(), lane);
-        }
+        if (storing() < STORING)
+            finish_row<BF16, NT, PARTS, MODE, WARPS, STORING>(p, active, parts[turn % 2], row_slot, row_block, storing(), lane);
         here.next_row(p, steps, stride, warp);
     }
     if constexpr (FACTORS) {  // the last block to end leaves the counters as it found them
