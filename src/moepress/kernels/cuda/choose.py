@@ -2,7 +2,7 @@
 """Which instance of which kernel runs a problem, and with how much shared memory. Pure arithmetic.
 
 The rules come from measurements on an H200 and an H100 (docs/LOG.md): warps that share a row block, and how many tokens
-make a tile. Tiles of up to 24 tokens multiply bytes; wider ones multiply scaled weights, and from 80 on a warpgroup has
+make a tile. Tiles of 8 tokens multiply bytes; wider ones multiply scaled weights, and from 80 on a warpgroup has
 two row tiles.
 """
 
@@ -165,7 +165,7 @@ class Tile:
     @property
     def takes_bytes(self) -> bool:
         """Whether x is multiplied as bytes (bytes.cuh)."""
-        return self.tokens <= 24 and self.row_tiles == 1
+        return self.tokens == 8 and self.row_tiles == 1
 
     @property
     def makes_bytes(self) -> bool:

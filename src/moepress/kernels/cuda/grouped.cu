@@ -159,8 +159,8 @@ template <int B, int U, int G, bool BF16, int NT, int MI, int WGS, int KW> struc
     static constexpr int THREADS = CONSUMERS + (MANY_REGISTERS ? 128 : WARP);
     static constexpr int X_BYTES = KW * U * NT * 128;         // of a stage
     static constexpr bool DOUBLE = U * MI % 2 == 0;
-    // Up to 24 tokens codes are multiplied as bytes and their sums scaled; with more it is cheaper to scale the weights.
-    static constexpr bool BYTES = NT <= 24 && MI == 1;
+    // Up to 8 tokens codes are multiplied as bytes and their sums scaled; with more it is cheaper to scale the weights.
+    static constexpr bool BYTES = NT == 8 && MI == 1;
     static constexpr int H_UNITS = ROW_BLOCKS / 8;            // units of the intermediate that a tile of GATE_UP has
     static constexpr int SEGMENTS = U * Record<U, G>::SEGMENTS;
     static constexpr int SUM_BYTES = 4 * SUM_FLOATS * (SEGMENTS > 2 ? SEGMENTS : 2);  // of one token and record
@@ -221,13 +221,13 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], u32 stages_a
     if (held >= 0 && lane == 0) mbarrier_arrive(bars + 16 * held + 8);
 }
 
-// The same for up to 24 tokens, in bytes and with the warp's own products, two for eight tokens. Columns of the first are
-// high bytes of even tokens and low bytes of odd ones, of the second the others: so lanes meet all banks.
-template <int B, int U, int G, int TOKENS, int WGS, int KW, typename C>
-__device__ __forceinline__ void accumulate_bytes(float (&acc)[1][TOKENS / 2], u32 stages_at, u32 stage_bytes, u32 sums_at, u32 bars,
+// The same for up to 8 tokens, in bytes and with the warp's own products. Columns of the first product are high bytes of
+// even tokens and low bytes of odd ones, of the second the others: so lanes meet all banks.
+template <int B, int U, int G, int WGS, int KW, typename C>
+__device__ __forceinline__ void accumulate_bytes(float (&acc)[1][4], u32 stages_at, u32 stage_bytes, u32 sums_at, u32 bars,
                                                  int stages, int& stage, u32& phase, int records, int wg, int kw, int lane,
                                                  int warp) {
-    constexpr int M = Record<U, G>::GROUPS, SEGMENTS = Record<U, G>::SEGMENTS;
+    constexpr int M = Record<U, G>::GROUPS, SEGMENTS = Record<U, G>::SEGMENTS, TOKENS = 8;
     constexpr u32 SIZE = Record<U, G>::bytes(B);
     const int g = lane / 4, t = lane % 4;
     u32 chunk[2];  // the lane's 16 bytes of a row of 128, of which chunk c of row r lies at c ^ r
@@ -247,41 +247,33 @@ __device__ __forceinline__ void accumulate_bytes(float (&acc)[1][TOKENS / 2], u3
             load_shared<M>(high, w + 128 * U * B + 4 * M * (g + 8));
 #pragma unroll
             for (int u = 0; u < U; ++u) {
-                u32 a[8];
+                u32 a[8], b[2][4];
                 unpack_bytes<B>(words + u * B, a);
-                float scales[SEGMENTS][2], zeros[SEGMENTS][2];
+#pragma unroll
+                for (int i = 0; i < 2; ++i) load_shared<4>(b[i], x + u * TOKENS * 128 + chunk[i]);
 #pragma unroll
                 for (int s = 0; s < SEGMENTS; ++s) {
                     const int m = M == 1 ? 0 : (u * SEGMENTS + s) * M / (U * SEGMENTS);
-                    scales[s][0] = Half<false>::lo(low[m]), scales[s][1] = Half<false>::lo(high[m]);
-                    zeros[s][0] = Half<false>::hi(low[m]), zeros[s][1] = Half<false>::hi(high[m]);
-                }
+                    const float scales[2] = {Half<false>::lo(low[m]), Half<false>::lo(high[m])};
+                    const float zeros[2] = {Half<false>::hi(low[m]), Half<false>::hi(high[m])};
+                    int c[2][4];
 #pragma unroll
-                for (int eight = 0; eight < TOKENS / 8; ++eight) {
-                    u32 b[2][4];
+                    for (int i = 0; i < 2; ++i)
 #pragma unroll
-                    for (int i = 0; i < 2; ++i) load_shared<4>(b[i], x + (u * TOKENS + 8 * eight) * 128 + chunk[i]);
+                        for (int j = s * 2 / SEGMENTS; j < (s + 1) * 2 / SEGMENTS; ++j)
+                            if (j == s * 2 / SEGMENTS) mma_bytes<false>(c[i], a + 4 * j, b[i][2 * j], b[i][2 * j + 1]);
+                            else mma_bytes<true>(c[i], a + 4 * j, b[i][2 * j], b[i][2 * j + 1]);
 #pragma unroll
-                    for (int s = 0; s < SEGMENTS; ++s) {
-                        int c[2][4];
+                    for (int e = 0; e < 2; ++e) {
+                        float scale, sum;
+                        asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];"
+                                     : "=f"(scale), "=f"(sum)
+                                     : "r"(sums + e * C::SUM_BYTES + (u * SEGMENTS + s) * 4 * SUM_FLOATS));
 #pragma unroll
-                        for (int i = 0; i < 2; ++i)
-#pragma unroll
-                            for (int j = s * 2 / SEGMENTS; j < (s + 1) * 2 / SEGMENTS; ++j)
-                                if (j == s * 2 / SEGMENTS) mma_bytes<false>(c[i], a + 4 * j, b[i][2 * j], b[i][2 * j + 1]);
-                                else mma_bytes<true>(c[i], a + 4 * j, b[i][2 * j], b[i][2 * j + 1]);
-#pragma unroll
-                        for (int e = 0; e < 2; ++e) {
-                            float scale, sum;
-                            asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];"
-                                         : "=f"(scale), "=f"(sum)
-                                         : "r"(sums + (8 * eight + e) * C::SUM_BYTES + (u * SEGMENTS + s) * 4 * SUM_FLOATS));
-#pragma unroll
-                            for (int r = 0; r < 2; ++r) {
-                                float& y = acc[0][4 * eight + 2 * r + e];
-                                const float products = float(c[e][2 * r + e] * 256 + c[1 - e][2 * r + e]);
-                                y = fmaf(scales[s][r] * scale, fmaf(-zeros[s][r], sum, products), y);
-                            }
+                        for (int r = 0; r < 2; ++r) {
+                            float& y = acc[0][2 * r + e];
+                            const float products = float(c[e][2 * r + e] * 256 + c[1 - e][2 * r + e]);
+                            y = fmaf(scales[r] * scale, fmaf(-zeros[r], sum, products), y);
                         }
                     }
                 }
@@ -301,7 +293,7 @@ struct Columns {
 
 // The addend of a warp's 16 rows and the tile's tokens: 16 bytes a lane and piece, all asked for at once.
 template <int NT, int MODE> struct Addend {
-    static constexpr int PIECES = (NT + 15) / 16;
+    static constexpr int PIECES = NT < 16 ? 1 : NT / 16;
     uint4 piece[PIECES];
 
     __device__ __forceinline__ void load(const Arguments& p, const Work& work, int row_block, int lane) {
@@ -320,9 +312,9 @@ template <int NT, int MODE> struct Addend {
     __device__ __forceinline__ void add(float (&acc)[NT / 2], int first, u32 corner, int lane) const {
         using H = Half<BF16>;
 #pragma unroll
-        for (int i = 0; i < (CHUNK + 15) / 16; ++i) {
+        for (int i = 0; i < (CHUNK < 16 ? 1 : CHUNK / 16); ++i) {
             const uint4& v = piece[first / 16 + i];
-            if (CHUNK % 16 == 0 || i * WARP + lane < 2 * CHUNK)
+            if (CHUNK >= 16 || lane < 2 * CHUNK)
                 asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
                              ::"r"(corner + 16 * (i * WARP + lane)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
         }
@@ -580,7 +572,7 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
                     for (int i = 0; i < N / 2; ++i) acc[mi][i] = 0.f;
 #define WHERE acc, ring, STAGE, bars, p.stages, stage, phase, records, wg, kw, lane, warp
 #define CODES(W)                                                                                                            \
-    accumulate_bytes<W, U, G, NT, WGS, KW, C>(acc, ring, STAGE, C::sums_at(MAX_B), bars, p.stages, stage, phase, records, wg, kw, \
+    accumulate_bytes<W, U, G, WGS, KW, C>(acc, ring, STAGE, C::sums_at(MAX_B), bars, p.stages, stage, phase, records, wg, kw, \
                                           lane, warp)
                 if constexpr (!C::BYTES) {
                     accumulate<B, MAX_B, U, G, BF16, NT, N, MI, WGS, KW>(WHERE, bits, work.centre);
