@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // x as integers, to be multiplied with codes as they are: of the columns that share a scale ("segment"), 15 bits below a
 // power of two, as a high and a low byte (ours). With their sum, sum((q - zero) scale x) = scale (sum(q x) - zero sum(x)).
-// Elements within 1/64 of a segment's largest are exact, the others lose less than 2^-15 of it: far below what storing a
+// Elements within 1/64 of a segment's largest are exact, the others lose at most 2^-14 of it: far below what storing a
 // result in 16 bits costs. An infinity or NaN spoils its segment's scale, and so all results of its row.
 #pragma once
 #include "common.cuh"
