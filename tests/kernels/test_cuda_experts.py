@@ -47,14 +47,20 @@ ROUTINGS: dict[str, Routing] = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compiled() -> None:
-    """All kernels of this file side by side, which takes a fraction of the time that they take one by one."""
+def _compiled(request: pytest.FixtureRequest) -> None:
+    """The kernels of all cases that run, side by side: a fraction of the time that they take one by one."""
     from moepress.kernels.cuda import run
 
+    own = [item.callspec.params for item in request.session.items if item.path == request.path and has_case(item)]
+    chosen = {tuple(params[name] for name in ("shape", "bits", "group_size", "dtype")) for params in own}
     for dtype in (torch.bfloat16, torch.float16):
-        cases = [case[:3] for case in CASES if case[3] == dtype]
+        cases = [case[:3] for case in CASES if case[3] == dtype and case in chosen]
         banks = {(*bank(*case).layouts(), SHAPES[case[0]][1]) for case in cases}
         run.warm([], sorted(banks, key=repr), dtype, torch.device("cuda", 0))
+
+
+def has_case(item: pytest.Item) -> bool:
+    return hasattr(item, "callspec") and {"shape", "bits", "group_size", "dtype"} <= set(item.callspec.params)
 
 
 @pytest.fixture(autouse=True)
