@@ -108,6 +108,14 @@ def test_known_layers() -> None:
     assert mixed.template == "0, 4, 4, 64" and mixed.record_bytes == 4 * (128 * 4 + 64)
 
 
+@pytest.mark.parametrize(("up", "down", "passes"), [(64, 64, True), (64, 128, True), (64, 32, False), (32, 64, False)])
+def test_bytes_are_passed_on_in_segments_of_one_size(up: int, down: int, passes: bool) -> None:
+    gate_up, other = choose.Bank((RecordLayout(1280, 512, 3, up),)), choose.Bank((RecordLayout(512, 640, 3, down),))
+    tiles = [choose.expert_tiles(bank, 2.0)[0] for bank in (gate_up, other)]
+    assert choose.passes_bytes(tiles[0], gate_up, tiles[1], other) == passes
+    assert not choose.passes_bytes(choose.Tile(8, 1, 1, 1), gate_up, tiles[1], other), "half a unit"
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_a_matrix_brings_its_middle_code(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """5- and 6-bit codes lie in words of 8: scaled around 128, they would round 15 times as badly."""

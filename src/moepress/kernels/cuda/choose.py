@@ -194,6 +194,11 @@ class Tile:
         return min(8, (available - RESERVED) // self.stage_bytes(bank))
 
 
+def passes_bytes(up_tile: Tile, gate_up: Bank, tile: Tile, down: Bank) -> bool:
+    """Whether gate and up make the bytes that down takes: only in segments of their own groups' size."""
+    return tile.takes_bytes and up_tile.makes_bytes and gate_up.segments == down.segments
+
+
 def expert_tiles(bank: Bank, tokens_each: float) -> Sequence[Tile]:
     """Tiles for experts of `tokens_each` tokens on average, best first; the first that fits runs."""
     long = bank.any.padded_columns >= 24 * 64  # short ones have tiles that end together with others' beginnings

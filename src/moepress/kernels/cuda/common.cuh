@@ -99,11 +99,6 @@ template <int B, bool BF16> __host__ __device__ constexpr int place(int pair) {
     return BF16 && p + B > 7 ? 0 : p;
 }
 
-// What unpacking adds to the codes of `pair`. 8-bit codes do not fit bfloat16's mantissa and come as code - 128.
-template <int B, bool BF16> __host__ __device__ constexpr float base(int pair) {
-    return B == 8 && BF16 ? -128.f : float(1 << ((BF16 ? 7 : 10) - place<B, BF16>(pair)));
-}
-
 __device__ __forceinline__ u32 select_or(u32 word, u32 mask, u32 with) {
     u32 x;
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(x) : "r"(word), "r"(mask), "r"(with));
@@ -127,8 +122,8 @@ __device__ __forceinline__ u32 extract_byte_bf16(u32 word, u32 high_base) {
     return H::fma(low, H::ONE, high);
 }
 
-// One unit's words -> the 16 A registers of its four k-steps, as base(pair) + code; register 2 * pair + r. `high_base` is
-// for 8-bit codes in bfloat16, and 128 off by default, as `base` has it.
+// One unit's words -> the 16 A registers of its four k-steps, as base + code, the base that of `place`; register 2 * pair + r.
+// 8-bit codes do not fit bfloat16's mantissa and come without a base, less 128 or what `high_base` takes off.
 template <int B, bool BF16>
 __device__ __forceinline__ void unpack(const u32* word, u32 (&a)[16], u32 high_base = 0xc508c508u) {
 #pragma unroll

@@ -127,7 +127,7 @@ def run_many(
 
     plain = not up_tile.takes_bytes or gate_up_factors is not None
     rows, route = sort_rows(x, ids, weights, gate_up, plain=plain, in_bytes=up_tile.takes_bytes)
-    made = tile.takes_bytes and up_tile.makes_bytes
+    made = choose.passes_bytes(up_tile, gate_up.shape, tile, down.shape)
     plain = not made or down_factors is not None
     h = Rows.empty(x, pairs, down, plain=plain, in_bytes=made)
     if h.plain is not None and h.plain.shape[1] != intermediate:
@@ -291,8 +291,8 @@ def instances(
     """Pairs of source and instance that `run_many` can need; `factors` are the v and u of both halves."""
     yield "route.cu", "sort_pairs"
     yield "route.cu", f"combine<{is_bf16(dtype)}>"
-    for kernel in ("place_rows", "prepare_rows"):
-        yield "route.cu", rows_instance(kernel, gate_up, dtype)
+    for kernel, bank in (("place_rows", gate_up), ("prepare_rows", gate_up), ("prepare_rows", down)):
+        yield "route.cu", rows_instance(kernel, bank, dtype)
     for tokens in (2, 16, 64, 256):
         for half, bank in zip(HALVES, (gate_up, down), strict=True):
             yield "grouped.cu", grouped_instance(half, bank, dtype, choose.expert_tiles(bank, tokens)[0])
