@@ -14,6 +14,7 @@
 // which it waits until t is complete. Row blocks of v go to the first blocks, which start first: nobody waits for a block
 // that waits for a free multiprocessor.
 #include "bytes.cuh"
+#include "factor.cuh"
 
 struct Arguments {
     const u16* x;           // DENSE, GATE_UP [tokens, k], DOWN [tokens * slots, k]
@@ -258,43 +259,6 @@ __device__ __forceinline__ void multiply_any(float (&y)[2], u32 record, u32 x, u
         else multiply<8, U, G, SEGMENTS>(y, record, x, sums, lane);
     }
 }
-
-// A unit of u, in registers, and t in 16 bits: it is new for each row block, and too short to be worth making integers of.
-// The zero of a factor is the middle code, which is taken off the codes, so it needs no sums.
-template <int B> struct FactorUnit {
-    u32 words[B], low, high;
-
-    // Unit u of a record of U units.
-    template <int U> __device__ __forceinline__ void load(const u8* record, int u, int lane) {
-#pragma unroll
-        for (int c = 0; c < B; ++c) {
-            const int word = u * B + c;
-            words[c] = *reinterpret_cast<const u32*>(record + word / U * 128 * U + lane * 4 * U + word % U * 4);
-        }
-        low = *reinterpret_cast<const u32*>(record + 128 * U * B + 4 * (U * (lane / 4) + u));
-        high = *reinterpret_cast<const u32*>(record + 128 * U * B + 4 * (U * (lane / 4 + 8) + u));
-    }
-    // y += this unit times b, whose columns are tokens, each twice
-    template <bool BF16> __device__ __forceinline__ void multiply(float (&y)[2], const u32 (&b)[8]) const {
-        using H = Half<BF16>;
-        u32 a[16];
-        unpack<B, BF16>(words, a);
-#pragma unroll
-        for (int pair = 0; pair < 8; ++pair)
-            if (B < 8 || !BF16) {  // bytes come less 128 in bfloat16
-                const int p = place<B, BF16>(pair);
-                const u32 minus = (0x8000u | (H::exponent(p) + (1u << (B - 1 + p)))) * 0x10001u;
-                a[2 * pair] = H::fma(a[2 * pair], H::ONE, minus);
-                a[2 * pair + 1] = H::fma(a[2 * pair + 1], H::ONE, minus);
-            }
-        float c[4];
-        mma<BF16, false>(c, a, b[0], b[1]);
-#pragma unroll
-        for (int j = 1; j < 4; ++j) mma<BF16, true>(c, a + 4 * j, b[2 * j], b[2 * j + 1]);
-        y[0] = fmaf(Half<false>::lo(low), c[0], y[0]);
-        y[1] = fmaf(Half<false>::lo(high), c[2], y[1]);
-    }
-};
 
 // ---- the order of records -----------------------------------------------------------------------------------------
 
@@ -648,7 +612,11 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
                     u32 b[8];
                     if (i > 0 || !loaded) load_unit(i);
                     load_t(b, t, i * UNIT, f.columns, lane);
-                    unit.template multiply<BF16>(part, b);
+                    u32 a[16];
+                    float c[4];
+                    unit.template operands<BF16>(a);
+                    multiply_unit<BF16>(c, a, b);
+                    part[0] = fmaf(unit.scale(0), c[0], part[0]), part[1] = fmaf(unit.scale(1), c[2], part[1]);
                 }
                 if constexpr (SCATTERS) scatter(own, compensated, part);
                 else

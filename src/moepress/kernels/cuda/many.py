@@ -139,7 +139,8 @@ def run_many(
     grouped("GATE_UP", up_tile, up_stages, *operands, ld=columns, route=route, addend=addend, then=then)
 
     if tile.takes_bytes and not made:
-        h = h._replace(**prepare(h.plain, down, pairs, plain=False, in_bytes=True, count=route.count)._asdict())
+        made_now = prepare(h.plain, down, pairs, plain=False, in_bytes=True, count=route.count)
+        h = made_now._replace(plain=h.plain)  # which compensators multiply
     addend = compensate(h.plain, down_factors, tokens, route)
     parts = x.new_empty(pairs, x.shape[1])
     operands = h, parts, down, x.shape[1], tokens
