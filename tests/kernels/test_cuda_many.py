@@ -80,10 +80,9 @@ def _compiled() -> None:
         banks, factors = [], []
         for half, (n, k, widths, group_size) in enumerate(halves(case)):
             banks.append(choose.Bank(tuple(RecordLayout(n, k, bits, group_size) for bits in sorted(set(widths)))))
-            if most := (2 - half) * max((rank or 0 for rank in case.ranks), default=0):
-                factors += [
-                    choose.Bank((RecordLayout(*shape, case.factor_bits, 64),)) for shape in ((most, k), (n, most))
-                ]
+            most = (2 - half) * max((rank or 0 for rank in case.ranks), default=0)
+            sides = ((most, k), (n, most)) if most else ()
+            factors.append(tuple(choose.Bank((RecordLayout(*side, case.factor_bits, 64),)) for side in sides) or None)
         for source, instance in many.instances(*banks, factors, case.dtype):
             requests.add(compiler.Request(source, instance, architecture()))
     compiler.warm(sorted(requests, key=str))

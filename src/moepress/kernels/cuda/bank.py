@@ -97,3 +97,7 @@ class Factors(NamedTuple):
 
     v: RecordBank
     u: RecordBank
+
+    @property
+    def ranks(self) -> choose.Ranks:
+        return choose.ranks(self.v.layouts[0], self.u.layouts[0])

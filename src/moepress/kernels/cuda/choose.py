@@ -8,6 +8,7 @@ two row tiles.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +23,8 @@ GEMV_STATIC = 40_000
 """More shared bytes than any instance of `gemv` declares for itself; the largest has 38,912."""
 MAX_TOKENS, MAX_PAIRS = 8, 64
 """Most tokens of a launch of `gemv`, and most pairs of token and expert where tokens are several."""
+EXAMPLES = 2, 16, 64, 200, 1000
+"""Numbers of tokens, on average of an expert, that ask for every best tile there is."""
 RESERVED = 1024
 """Shared bytes that the system keeps of each block, and those lost to aligning the ring of `grouped`."""
 HOPPER, STATIC = 227 << 10, 40 << 10
@@ -88,6 +91,10 @@ class Ranks:
     u_records: int
     v_units: int
 
+    @property
+    def v_record_bytes(self) -> int:
+        return self.v_units * (128 * self.bits + 64)
+
 
 def ranks(v: RecordLayout, u: RecordLayout) -> Ranks:
     """Of the layouts of v and u."""
@@ -137,7 +144,7 @@ def gemv_room(mode: Mode, bank: Bank, ranks: Ranks | None, tokens: int, slots: i
     units = layout.records_per_row_block * layout.units
     rows = tokens * slots if mode == "DOWN" else tokens
     words = units * 32 + units * bank.segments * 2 + 2 * several
-    record = max(bank.record_bytes, ranks.v_units * (128 * ranks.bits + 64) if ranks else 0)
+    record = max(bank.record_bytes, ranks.v_record_bytes if ranks else 0)
     return Room(4 * rows * words, team.warps * team.groups * (record + 8))
 
 
@@ -181,17 +188,18 @@ class Tile:
     def template(self) -> str:
         return f"{self.row_tiles}, {self.row_groups}, {self.column_groups}, {self.blocks}"
 
-    def stage_bytes(self, bank: Bank) -> int:
+    def stage_bytes(self, bank: Bank, ranks: Ranks | None = None) -> int:
         """Shared bytes of one stage of the ring, as `Config` in grouped.cu has it."""
         layout, columns = bank.any, self.column_groups
-        used = columns * (128 * layout.units * self.tokens + self.row_blocks * bank.record_bytes)
+        record = max(bank.record_bytes, ranks.v_record_bytes if ranks and self.takes_bytes else 0)
+        used = columns * (128 * layout.units * self.tokens + self.row_blocks * record)
         if self.takes_bytes:
             used = _up(used, 128) + 4 * columns * self.tokens * bank.record_sums
         return _up(used, 1024)
 
-    def stages(self, bank: Bank, available: int) -> int:
+    def stages(self, bank: Bank, available: int, ranks: Ranks | None = None) -> int:
         """Stages that fit where a block's share of shared memory is `available` bytes; below 2 the tile cannot run."""
-        return min(8, (available - RESERVED) // self.stage_bytes(bank))
+        return min(8, (available - RESERVED) // self.stage_bytes(bank, ranks))
 
 
 def passes_bytes(up_tile: Tile, gate_up: Bank, tile: Tile, down: Bank) -> bool:
@@ -207,22 +215,26 @@ def expert_tiles(bank: Bank, tokens_each: float) -> Sequence[Tile]:
     elif tokens_each <= 28:
         best = Tile(32, 1, 4, 1) if long else Tile(32, 1, 2, 1, blocks=2)
     else:
-        best = Tile(80 if tokens_each <= 72 else 128, 2, 2, 1)
+        best = Tile(_wide(bank, tokens_each), 2, 2, 1)
     return best, Tile(best.tokens if best.tokens <= 32 else 64, 1, 2, 1), Tile(8, 1, 1, 1)
 
 
-def factor_tiles(bank: Bank, tokens_each: float) -> Sequence[Tile]:
-    """The same for factors of experts' compensators: v has few rows and long ones, u many and short.
+def _wide(bank: Bank, tokens_each: float) -> int:
+    """Tokens of a wide tile. Those of mixed widths have products of one size only, so they come in a third.
 
-    None takes bytes: then x and the intermediate stay in 16 bits for compensators alone.
+    A tile takes as long as its columns and 120 more: on an H100 128 columns took 46 us where 96 took 40.
     """
-    if bank.any.rows < bank.any.columns:
-        tiles = [Tile(32, 1, 1, columns) for columns in (4, 2)]  # warpgroups for all columns: there are few tiles
-        if tokens_each > 128:
-            tiles.insert(0, Tile(64, 1, 1, 2))
-    else:
-        size = (8, 2) if tokens_each <= 6 else (32, 2) if tokens_each <= 28 else (64, 1)
-        tiles = [Tile(*size, 2, 1, blocks) for blocks in (2, 1)]
+    if bank.uniform_bits:
+        return 80 if tokens_each <= 72 else 128
+    most = tokens_each + 1.5 * tokens_each**0.5  # an expert of many has more than the average
+    return min((80, 96, 128), key=lambda tokens: math.ceil(most / tokens) * (tokens + 120))
+
+
+def factor_tiles(bank: Bank, tokens_each: float) -> Sequence[Tile]:
+    """The same for v of compensators, which has few rows and long ones; in 16 bits."""
+    tiles = [Tile(32, 1, 1, columns) for columns in (4, 2)]  # warpgroups for all columns: there are few tiles
+    if tokens_each > 128:
+        tiles.insert(0, Tile(64, 1, 1, 2))
     roomy = (tile for tile in tiles if 2 * tile.stage_bytes(bank) <= HOPPER // tile.blocks - STATIC - RESERVED)
     return next(roomy), Tile(32, 1, 1, 1), Tile(8, 2, 1, 1)
 

@@ -6,7 +6,12 @@
 // stages full by bulk copies: records as they lie, tokens' rows, sorted by expert beforehand, into the swizzled tile that
 // wgmma reads. While the tensor cores work on one unit the next one is unpacked. Where rows alone cannot fill the GPU, KW
 // warpgroups share the columns and add up in their order.
+//
+// Compensators W + u v: u times t = v x is added to the sums of W x while they are in registers. In wide tiles t is the last
+// stages, made by a launch before. Tiles of 8 tokens multiply v in the same launch, as its first tiles: they go to the blocks
+// that start first, so nobody waits for a block that waits for a free multiprocessor.
 #include "bytes.cuh"
+#include "factor.cuh"
 #include "wgmma.cuh"
 
 // y as bytes, as `prepare_rows` makes them, for a product after this one that multiplies bytes.
@@ -19,16 +24,25 @@ struct NextBytes {
     int floats;    // of a record and token
 };
 
+struct Compensators {
+    const Expert* u;  // [num_experts] rows of W by columns of t; records null: that expert has none
+    int u_records, columns;  // of t: 8, 16, 32 or a multiple of 64
+    // tiles of 8 tokens
+    const Expert* v;  // as u, rows of t by k
+    u16* t;           // [pairs or tokens, columns] in the order of `t_place`
+    int* done;        // [token tiles] warps that have stored their part of t; zeros before
+    int v_row_blocks;
+};
+
 struct Arguments {
     u16* y;                 // DENSE [tokens, n]; GATE_UP [pairs, n] or null, PLAIN [pairs, splits * n] in sorted order; DOWN
                             // [tokens * slots, n]
     const u16* bias;        // DENSE [n] or null
     Bank bank;              // PLAIN: experts without records are left out, and their rows of y as they are
-    const int* first;       // [num_experts + 1] first sorted pair of each expert; DENSE null
+    const int* first;       // [num_experts + 1] first sorted pair of each expert; null: one matrix, for all tokens
     const int* pairs;       // [pairs] token * slots + slot, sorted by expert; DENSE null
     const float* weights;   // DOWN [pairs], sorted as they are
-    const u16* addend;      // GATE_UP [pairs, rows of W], before SiLU; DOWN [pairs, n], before weights; or null
-    const Expert* added_to;  // experts without records here have no addend; null: all have
+    Compensators add;       // before SiLU and weights
     NextBytes next;         // GATE_UP
     int tokens, slots, num_experts;
     int n, ld;              // columns of y and elements from row to row; GATE_UP: the intermediate size, half of W's rows
@@ -43,7 +57,7 @@ constexpr int MAX_EXPERTS = 512;
 
 // Tensor maps of the activations, DENSE of the tokens, else of the sorted pairs: x as [units][rows][64] in boxes of
 // [KW * U, NT or NARROW, 64] with 128-byte swizzle, and for tiles of 8 tokens the same of x's bytes, and their sums as
-// [records][rows][..] in boxes of [KW, NT, ..].
+// [records][rows][..] in boxes of [KW, NT, ..]. t, for wider tiles, as x in boxes of [1, NT, 64].
 struct alignas(64) TensorMap {
     u8 opaque[128];
 };
@@ -52,12 +66,15 @@ struct alignas(64) TensorMap {
 // finds it and leaves it with the tile's first stage: found by every warp it took a third of the instructions of short K.
 struct alignas(16) Work {
     int expert;  // -1: no more
-    int token, tokens, row_block, split, bits, centre, unused;
+    int token, tokens, row_block;
+    int split;   // PLAIN; of v: 1
+    int tile;    // of all experts' token tiles
+    int bits, centre;
 
     // Known to the compiler to be the same for the whole warp, and with it the stage, of which it makes descriptors.
     __device__ __forceinline__ Work uniform() const {
         auto first = [](int x) { return __shfl_sync(~0u, x, 0); };
-        return {first(expert), first(token), first(tokens), first(row_block), first(split), first(bits), first(centre)};
+        return {first(expert), first(token), first(tokens), first(row_block), first(split), first(tile), first(bits), first(centre)};
     }
 
     template <int MODE> __device__ int first_record(const Arguments& p) const {
@@ -68,20 +85,25 @@ struct alignas(16) Work {
     }
 };
 
-// Wide tiles have products of two sizes: experts' tokens come in all numbers, and time goes with columns, empty or not.
-template <int NT, int MI> constexpr int NARROW = MI == 1 ? NT : NT == 128 ? 96 : 64;
+// Wide tiles have products of two sizes: experts' tokens come in all numbers, and time goes with columns, empty or not. Mixed
+// widths have one: unpacking all of them twice took 3 s to compile.
+template <int NT, int MI, int B> constexpr int NARROW = MI == 1 || B == 0 ? NT : NT == 128 ? 96 : 64;
 
 // Tiles in order: expert, row tile, token tile; so that blocks at work together share an expert's records in L2. An
-// expert's tokens are shared out evenly.
+// expert's tokens are shared out evenly. Before them all, those of v.
 template <int NT, int TILE_BLOCKS, int MODE> struct Schedule {
     const int *tiles, *first;  // [num_experts + 1] token tiles and pairs before each expert
-    int row_tiles, total, num_experts, all_tokens, splits;
+    int own_row_tiles, v_row_tiles, token_tiles, num_experts, all_tokens, splits;
+
+    __device__ int total() const { return token_tiles * (v_row_tiles + own_row_tiles); }
 
     __device__ Work at(int index) const {
+        const bool of_v = index < token_tiles * v_row_tiles;
+        const int row_tiles = of_v ? v_row_tiles : own_row_tiles;
+        if (!of_v) index -= token_tiles * v_row_tiles;
         if constexpr (MODE == DENSE) {
-            const int token_tiles = (all_tokens + NT - 1) / NT, tile = index % token_tiles;
-            const int start = share(all_tokens, tile, token_tiles);
-            return {0, start, share(all_tokens, tile + 1, token_tiles) - start, index / token_tiles * TILE_BLOCKS};
+            const int tile = index % token_tiles, start = share(all_tokens, tile, token_tiles);
+            return {0, start, share(all_tokens, tile + 1, token_tiles) - start, index / token_tiles * TILE_BLOCKS, of_v, tile};
         }
         int low = 0, high = num_experts;  // the last expert whose tiles begin at or before this one
         while (high - low > 1) {
@@ -90,9 +112,9 @@ template <int NT, int TILE_BLOCKS, int MODE> struct Schedule {
         }
         const int own = tiles[low + 1] - tiles[low], rest = index - tiles[low] * row_tiles, tile = rest % own;
         const int all = first[low + 1] - first[low], start = share(all, tile, own);
-        const int row = rest / own, split = MODE == PLAIN ? row % splits : 0;
-        return {low, first[low] + start, share(all, tile + 1, own) - start,
-                (MODE == PLAIN ? row / splits : row) * TILE_BLOCKS, split};
+        const int row = rest / own;
+        return {low, first[low] + start, share(all, tile + 1, own) - start, (MODE == PLAIN ? row / splits : row) * TILE_BLOCKS,
+                MODE == PLAIN ? row % splits : of_v, tiles[low] + tile};
     }
     // Where the i-th of n shares begins.
     static __device__ int share(int all, int i, int n) { return int((u64)all * i / n); }
@@ -152,7 +174,7 @@ __device__ __forceinline__ void dequantize_any(u32 (&a)[16], u32 (&words)[U * MA
 #undef DEQUANTIZE
 }
 
-template <int B, int U, int G, bool BF16, int NT, int MI, int WGS, int KW> struct Config {
+template <int U, int G, int NT, int MI, int WGS, int KW, int FB> struct Config {
     static constexpr int ROW_BLOCKS = 4 * MI * WGS;           // of a tile
     static constexpr int CONSUMERS = WGS * KW * 128;
     static constexpr bool MANY_REGISTERS = MI * NT >= 128;   // more than an even share; a whole warpgroup then gives some up
@@ -164,9 +186,11 @@ template <int B, int U, int G, bool BF16, int NT, int MI, int WGS, int KW> struc
     static constexpr int H_UNITS = ROW_BLOCKS / 8;            // units of the intermediate that a tile of GATE_UP has
     static constexpr int SEGMENTS = U * Record<U, G>::SEGMENTS;
     static constexpr int SUM_BYTES = 4 * SUM_FLOATS * (SEGMENTS > 2 ? SEGMENTS : 2);  // of one token and record
+    static constexpr bool MULTIPLIES_V = BYTES && FB > 0;
     // A stage: x [KW * U][NT][64], records [MI * WGS][KW][4], sums [KW][NT][..].
     static __device__ __host__ constexpr int sums_at(int max_b) {
-        return (X_BYTES + KW * ROW_BLOCKS * Record<U, G>::bytes(max_b) + 127) / 128 * 128;
+        const int own = Record<U, G>::bytes(max_b), v = MULTIPLIES_V ? Record<U, UNIT>::bytes(FB) : 0;
+        return (X_BYTES + KW * ROW_BLOCKS * (own > v ? own : v) + 127) / 128 * 128;
     }
     static __device__ __host__ constexpr int stage_bytes(int max_b) {
         return (sums_at(max_b) + (BYTES ? KW * NT * SUM_BYTES : 0) + 1023) / 1024 * 1024;
@@ -174,11 +198,10 @@ template <int B, int U, int G, bool BF16, int NT, int MI, int WGS, int KW> struc
 };
 
 // The columns of one tile of N tokens, in stages that have room for NT, for one consumer warpgroup.
-template <int B, int MAX_B, int U, int G, bool BF16, int NT, int N, int MI, int WGS, int KW>
+template <typename C, int B, int MAX_B, int U, int G, bool BF16, int NT, int N, int MI, int WGS, int KW>
 __device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], u32 stages_at, u32 stage_bytes, u32 bars, int stages,
                                            int& stage, u32& phase, int records, int wg, int kw, int lane, int warp, int bits,
                                            int centre) {
-    using C = Config<MAX_B, U, G, BF16, NT, MI, WGS, KW>;
     constexpr int BUFFERS = C::DOUBLE ? 2 : 1;
     u32 a[BUFFERS][16];
     int held = -1;  // the stage that the last products still read
@@ -223,11 +246,11 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], u32 stages_a
 
 // The same for up to 8 tokens, in bytes and with the warp's own products. Columns of the first product are high bytes of
 // even tokens and low bytes of odd ones, of the second the others: so lanes meet all banks.
-template <int B, int U, int G, int WGS, int KW, typename C>
+template <typename C, int B, int U, int G, int SEGMENTS, int WGS, int KW>
 __device__ __forceinline__ void accumulate_bytes(float (&acc)[1][4], u32 stages_at, u32 stage_bytes, u32 sums_at, u32 bars,
                                                  int stages, int& stage, u32& phase, int records, int wg, int kw, int lane,
                                                  int warp) {
-    constexpr int M = Record<U, G>::GROUPS, SEGMENTS = Record<U, G>::SEGMENTS, TOKENS = 8;
+    constexpr int M = Record<U, G>::GROUPS, TOKENS = 8;
     constexpr u32 SIZE = Record<U, G>::bytes(B);
     const int g = lane / 4, t = lane % 4;
     u32 chunk[2];  // the lane's 16 bytes of a row of 128, of which chunk c of row r lies at c ^ r
@@ -291,54 +314,116 @@ struct Columns {
     float weight;
 };
 
-// The addend of a warp's 16 rows and the tile's tokens: 16 bytes a lane and piece, all asked for at once.
-template <int NT, int MODE> struct Addend {
-    static constexpr int PIECES = NT < 16 ? 1 : NT / 16;
-    uint4 piece[PIECES];
+// Where column `column` of t lies: a lane's columns of each octet, as products take them, side by side.
+__device__ __forceinline__ int t_place(int column, int columns) {
+    const int width = columns < UNIT ? columns : UNIT, octets = width / 8, octet = column % width / 8;
+    return column / width * width + column % 8 / 2 * (width / 4) + 2 * octet + column % 2;
+}
 
-    __device__ __forceinline__ void load(const Arguments& p, const Work& work, int row_block, int lane) {
-        const int ld = MODE == GATE_UP ? ROWS * p.row_blocks : p.ld, at = ROWS * row_block + 8 * (lane % 2);
-#pragma unroll
-        for (int i = 0; i < PIECES; ++i) {
-            const int column = (i * WARP + lane) / 2;
-            piece[i] = make_uint4(0, 0, 0, 0);
-            if (column < work.tokens && at < ld)
-                piece[i] = *reinterpret_cast<const uint4*>(p.addend + (u64)(work.token + column) * ld + at);
-        }
+// A lane's part of unit `unit` of a row of t; null: zeros. Past L1, which may have an older neighbour of this row.
+__device__ __forceinline__ void load_t(u32 (&b)[8], const u16* row, int unit, int columns, int lane) {
+    uint4 v[2] = {};
+    if (row) {
+        const int width = columns < UNIT ? columns : UNIT;
+        const u16* from = row + unit * UNIT + lane % 4 * (width / 4);
+        if (width >= 32) v[0] = __ldcg(reinterpret_cast<const uint4*>(from));
+        if (width == 64) v[1] = __ldcg(reinterpret_cast<const uint4*>(from) + 1);
+        if (width == 16) v[0].x = __ldcg(reinterpret_cast<const u32*>(from)), v[0].y = __ldcg(reinterpret_cast<const u32*>(from) + 1);
+        if (width == 8) v[0].x = __ldcg(reinterpret_cast<const u32*>(from));
     }
-
-    // Adds the part of CHUNK tokens. The way through the corner is that of `store_rows` backwards.
-    template <bool BF16, int CHUNK>
-    __device__ __forceinline__ void add(float (&acc)[NT / 2], int first, u32 corner, int lane) const {
-        using H = Half<BF16>;
 #pragma unroll
-        for (int i = 0; i < (CHUNK < 16 ? 1 : CHUNK / 16); ++i) {
-            const uint4& v = piece[first / 16 + i];
-            if (CHUNK >= 16 || lane < 2 * CHUNK)
-                asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
-                             ::"r"(corner + 16 * (i * WARP + lane)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+    for (int i = 0; i < 2; ++i) b[4 * i] = v[i].x, b[4 * i + 1] = v[i].y, b[4 * i + 2] = v[i].z, b[4 * i + 3] = v[i].w;
+}
+
+// Unit `i` of u for a row block.
+template <int FB, int FU>
+__device__ __forceinline__ void load_u(FactorUnit<FB>& unit, const Compensators& f, const u8* u, int i, int row_block, int lane) {
+    const u64 record = (u64)(row_block / 4 * f.u_records + i / FU) * 4 + row_block % 4;
+    unit.template load<FU>(u + record * Record<FU, UNIT>::bytes(FB), i % FU, lane);
+}
+
+// y += u t for a row block and a tile of 8 tokens. `unit` is u's first: it was asked for before W's products.
+template <int FB, int FU, bool BF16>
+__device__ __forceinline__ void add_compensator(float (&y)[4], FactorUnit<FB>& unit, const Compensators& f, const Work& work,
+                                                const u8* u, int row_block, int lane) {
+    const u16* row = lane / 4 < work.tokens ? f.t + (u64)(work.token + lane / 4) * f.columns : nullptr;
+    for (int i = 0; i < (f.columns + UNIT - 1) / UNIT; ++i) {
+        u32 a[16], b[8];
+        float c[4];
+        if (i > 0) load_u<FB, FU>(unit, f, u, i, row_block, lane);
+        load_t(b, row, i, f.columns, lane);
+        unit.template operands<BF16>(a);
+        multiply_unit<BF16>(c, a, b);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) y[e] = fmaf(unit.scale(e / 2), c[e], y[e]);
+    }
+}
+
+// The same for wide tiles: t's units are stages of their own, after those of x.
+template <typename C, int FB, int FU, bool BF16, int N, int MI, int WGS>
+__device__ __forceinline__ void accumulate_t(float (&acc)[MI][N / 2], const Compensators& f, const u8* u, int row_block,
+                                             u32 stages_at, u32 stage_bytes, u32 bars, int stages, int& stage, u32& phase, int wg,
+                                             int kw, int lane, int warp) {
+    using H = Half<BF16>;
+    for (int i = 0; i < (f.columns + UNIT - 1) / UNIT; ++i) {
+        FactorUnit<FB> unit[MI];
+        if (kw == 0)
+#pragma unroll
+            for (int mi = 0; mi < MI; ++mi) load_u<FB, FU>(unit[mi], f, u, i, row_block + (wg * MI + mi) * 4 + warp, lane);
+        mbarrier_wait(bars + 16 * stage, phase);
+        if (kw == 0) {
+            const u32 tile = swizzled_tile(stages_at + stage * stage_bytes);
+            u32 a[MI][16];
+#pragma unroll
+            for (int mi = 0; mi < MI; ++mi) {
+                unit[mi].template operands<BF16>(a[mi]);
+                const u32 scales[2] = {H::pack(unit[mi].scale(0), unit[mi].scale(0)), H::pack(unit[mi].scale(1), unit[mi].scale(1))};
+#pragma unroll
+                for (int j = 0; j < 16; ++j) a[mi][j] = H::fma(a[mi][j], scales[j % 2], 0);
+                wgmma_fence();
+#pragma unroll
+                for (int j = 0; j < 4; ++j) Wgmma<N, BF16>::run(acc[mi], a[mi] + 4 * j, descriptor(tile + 2 * j));
+                wgmma_commit();
+            }
+            wgmma_wait<0>();
         }
         __syncwarp();
-#pragma unroll
-        for (int i = first / 8; i < (first + CHUNK) / 8; ++i) {
-            u32 low, high;
-            asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                         : "=r"(low), "=r"(high)
-                         : "r"(corner + ((8 * i - first + lane % 8) * 2 + lane / 8 % 2) * 16)
-                         : "memory");
-            acc[4 * i] += H::lo(low), acc[4 * i + 1] += H::hi(low);
-            acc[4 * i + 2] += H::lo(high), acc[4 * i + 3] += H::hi(high);
-        }
-        __syncwarp();
+        if (lane == 0) mbarrier_arrive(bars + 16 * stage + 8);
+        if (++stage == stages) stage = 0, phase ^= 1;
     }
-};
+}
+
+// A warp's 16 rows of t for a tile of 8 tokens; then says so.
+template <bool BF16>
+__device__ __forceinline__ void store_t(const Compensators& f, const Work& work, int row_block, const float (&acc)[4], int lane) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+        const int column = row_block * ROWS + lane / 4 + e / 2 * 8, token = lane % 4 * 2 + e % 2;
+        if (token < work.tokens && column < f.columns)
+            f.t[(u64)(work.token + token) * f.columns + t_place(column, f.columns)] = round16<BF16>(acc[e]);
+    }
+    __syncwarp();
+    if (lane == 0) {
+        __threadfence();
+        atomicAdd(f.done + work.tile, 1);
+    }
+}
+
+__device__ __forceinline__ void await_count(const int* counter, int count, int lane) {
+    if (lane == 0) {
+        int found;
+        do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+        while (found < count);
+    }
+    __syncwarp();
+}
 
 // One warp's 16 rows of a tile. Lanes hold pairs of tokens and rows 8 apart; through a corner of shared memory, a row's
 // eight neighbours come together and leave as 16 bytes. (Two bytes at a time took half of the time of short K.) Where a
 // next product wants bytes, `octets` gets each token's eight, at a stride of eight of them.
 template <bool BF16, int NT, int MODE>
 __device__ __forceinline__ void store_rows(const Arguments& p, const Work& work, const Columns* columns, u32 corner, uint4* octets,
-                                           bool adds, int row_block, float (&acc)[NT / 2], int lane) {
+                                           int row_block, float (&acc)[NT / 2], int lane) {
     using H = Half<BF16>;
     constexpr int CHUNK = NT < 32 ? NT : NT % 32 ? 16 : 32, HALVES = MODE == GATE_UP ? 1 : 2;  // 16-byte pieces of a token
     const int n = row_block * 8 * HALVES;
@@ -347,13 +432,6 @@ __device__ __forceinline__ void store_rows(const Arguments& p, const Work& work,
 #pragma unroll
         for (int r = 0; r < 2; ++r)
             if (n + lane / 4 + 8 * r < p.n) bias[r] = widen<BF16>(p.bias[n + lane / 4 + 8 * r]);
-    if constexpr (MODE == GATE_UP || MODE == DOWN)
-        if (adds) {
-            Addend<NT, MODE> addend;
-            addend.load(p, work, row_block, lane);
-#pragma unroll
-            for (int first = 0; first < NT; first += CHUNK) addend.template add<BF16, CHUNK>(acc, first, corner, lane);
-        }
 #pragma unroll
     for (int first = 0; first < NT; first += CHUNK) {
 #pragma unroll
@@ -427,7 +505,8 @@ template <int NT, int MODE> __device__ __forceinline__ void count_tiles(const Ar
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
             const int e = from + i * WARP;
-            begin[i] = e <= p.num_experts ? p.first[e] : 0, end[i] = e < p.num_experts ? p.first[e + 1] : 0;
+            auto first_of = [&](int e) { return p.first ? p.first[e] : e * p.tokens; };
+            begin[i] = e <= p.num_experts ? first_of(e) : 0, end[i] = e < p.num_experts ? first_of(e + 1) : 0;
             runs[i] = e < p.num_experts && (MODE != PLAIN || p.bank.expert(e).records);
         }
 #pragma unroll
@@ -447,23 +526,25 @@ template <int NT, int MODE> __device__ __forceinline__ void count_tiles(const Ar
 }
 
 // Keeps the ring full with the stages of this block's tiles. One warp, of which lane 0 asks for copies.
-template <typename C, int B, int MAX_B, int U, int G, int NT, int MODE, int MI, int WGS, int KW, typename S>
+template <typename C, int B, int MAX_B, int U, int G, int NT, int MODE, int MI, int WGS, int KW, int FB, typename S>
 __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, const TensorMap& x_map, const TensorMap& other_map,
-                                        Work* works, u32 ring, u32 bars, int lane) {
+                                        const TensorMap& t_map, Work* works, u32 ring, u32 bars, int lane) {
     constexpr u32 STAGE = C::stage_bytes(MAX_B);
     const u64 policy = evict_first();
     int stage = 0;
     u32 phase = 1;
-    for (int index = blockIdx.x; index < schedule.total; index += gridDim.x) {
+    for (int index = blockIdx.x; index < schedule.total(); index += gridDim.x) {
         Work work = schedule.at(index);
-        const Expert e = p.bank.expert(work.expert);
+        const bool of_v = C::MULTIPLIES_V && work.split;
+        const Expert e = of_v ? p.add.v[work.expert] : p.bank.expert(work.expert);
+        if (of_v && !e.records) continue;
         work.bits = e.word_bits, work.centre = e.centre;
-        const u32 size = Record<U, G>::bytes(B ? B : e.word_bits);
-        const int groups = min(MI * WGS, (p.row_blocks - work.row_block + 3) / 4);
+        const u32 size = of_v ? Record<U, UNIT>::bytes(FB) : Record<U, G>::bytes(B ? B : e.word_bits);
+        const int groups = min(MI * WGS, ((of_v ? p.add.v_row_blocks : p.row_blocks) - work.row_block + 3) / 4);
         const u8* from = e.records + (u64)work.row_block * p.records * size;
         const int first = work.template first_record<MODE>(p), end = first + work.template records<MODE>(p);
-        const bool narrow = NARROW<NT, MI> < NT && work.tokens <= NARROW<NT, MI>;
-        const u32 x_bytes = narrow ? KW * U * NARROW<NT, MI> * 128 : C::X_BYTES;
+        const bool narrow = NARROW<NT, MI, B> < NT && work.tokens <= NARROW<NT, MI, B>;
+        const u32 x_bytes = narrow ? KW * U * NARROW<NT, MI, B> * 128 : C::X_BYTES;
         for (int record = first; record < end; record += KW) {
             const u32 full = bars + 16 * stage, to = ring + stage * STAGE, bytes = min(KW, end - record) * 4 * size;
             mbarrier_wait(full + 8, phase);
@@ -475,6 +556,16 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
                     bulk_copy(to + C::X_BYTES + i * KW * 4 * size, from + (u64)(i * p.records + record) * 4 * size, bytes, full,
                               policy);
                 if constexpr (C::BYTES) tensor_copy(to + C::sums_at(MAX_B), &other_map, 0, work.token, record, full);
+            }
+            if (++stage == p.stages) stage = 0, phase ^= 1;
+        }
+        if (FB == 0 || C::BYTES || !p.add.u || !p.add.u[work.expert].records) continue;
+        for (int unit = 0; unit < (p.add.columns + UNIT - 1) / UNIT; ++unit) {
+            const u32 full = bars + 16 * stage;
+            mbarrier_wait(full + 8, phase);
+            if (lane == 0) {
+                mbarrier_expect(full, NT * 128);
+                tensor_copy(ring + stage * STAGE, &t_map, 0, work.token, unit, full);
             }
             if (++stage == p.stages) stage = 0, phase ^= 1;
         }
@@ -509,10 +600,12 @@ __device__ __forceinline__ void add_columns(float (&acc)[MI][NT / 2], float* sum
     named_barrier(1, THREADS);
 }
 
-template <int B, int MAX_B, int U, int G, bool BF16, int NT, int MODE, int MI, int WGS, int KW, int BLOCKS>
-__global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREADS, BLOCKS)
-    grouped(const Arguments p, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap other_map) {
-    using C = Config<B ? B : 1, U, G, BF16, NT, MI, WGS, KW>;
+// FB is the bits of compensators' factors, 0 for none, and FU the units of u's records.
+template <int B, int MAX_B, int U, int G, bool BF16, int NT, int MODE, int MI, int WGS, int KW, int BLOCKS, int FB, int FU>
+__global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BLOCKS)
+    grouped(const Arguments p, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap other_map,
+            const __grid_constant__ TensorMap t_map) {
+    using C = Config<U, G, NT, MI, WGS, KW, FB>;
     constexpr u32 STAGE = C::stage_bytes(MAX_B);
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ __align__(8) u64 bar[2 * 16];
@@ -535,15 +628,18 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
     if (MODE != DENSE && thread < WARP) count_tiles<NT, MODE>(p, tiles, firsts, lane);
     __syncthreads();
     Schedule<NT, C::ROW_BLOCKS, MODE> schedule;
-    schedule.row_tiles = (p.row_blocks + C::ROW_BLOCKS - 1) / C::ROW_BLOCKS * (MODE == PLAIN ? p.splits : 1);
+    auto row_tiles = [](int row_blocks) { return (row_blocks + C::ROW_BLOCKS - 1) / C::ROW_BLOCKS; };
+    schedule.own_row_tiles = row_tiles(p.row_blocks) * (MODE == PLAIN ? p.splits : 1);
+    schedule.v_row_tiles = C::MULTIPLIES_V ? row_tiles(p.add.v_row_blocks) : 0;
     schedule.first = firsts, schedule.tiles = tiles, schedule.num_experts = p.num_experts, schedule.all_tokens = p.tokens;
     schedule.splits = p.splits;
-    schedule.total = schedule.row_tiles * (MODE == DENSE ? (p.tokens + NT - 1) / NT : tiles[p.num_experts]);
+    schedule.token_tiles = MODE == DENSE ? (p.tokens + NT - 1) / NT : tiles[p.num_experts];
 
     if (thread >= C::CONSUMERS) {  // producer
         if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (thread >= C::CONSUMERS + WARP) return;
-        produce<C, B, MAX_B, U, G, NT, MODE, MI, WGS, KW>(p, schedule, x_map, other_map, works, ring, bars, lane);
+        produce<C, B, MAX_B, U, G, NT, MODE, MI, WGS, KW, FB>(p, schedule, x_map, other_map, t_map, works, ring, bars,
+                                                                   lane);
     } else {  // consumers
         if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         // through a shuffle, so that the compiler knows it to be the same for the whole warp, and with it the addresses of
@@ -560,7 +656,22 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
             const bool has_column = MODE == DOWN && thread < NT && thread < work.tokens;
             if (has_column) column = {p.pairs[work.token + thread], p.weights[work.token + thread]};
             const int bits = B ? B : work.bits, records = work.template records<MODE>(p);
-            const bool adds = p.addend && (!p.added_to || p.added_to[work.expert].records);
+#define WHERE acc, ring, STAGE, bars, p.stages, stage, phase, records, wg, kw, lane, warp
+#define BYTES(...)                                                                                                          \
+    accumulate_bytes<C, __VA_ARGS__, Record<U, G>::SEGMENTS, WGS, KW>(acc, ring, STAGE, C::sums_at(MAX_B), bars, p.stages,   \
+                                                                      stage, phase, records, wg, kw, lane, warp)
+            if constexpr (C::MULTIPLIES_V)
+                if (work.split) {
+                    float acc[1][NT / 2] = {};
+                    BYTES(FB, U, UNIT);
+                    if constexpr (KW > 1) add_columns<NT, MI, WGS, KW, C::CONSUMERS>(acc, sums, wg, kw, thread);
+                    if (kw == 0) store_t<BF16>(p.add, work, work.row_block + wg * 4 + warp, acc[0], lane);
+                    continue;
+                }
+            const u8* u = FB && p.add.u ? p.add.u[work.expert].records : nullptr;
+            FactorUnit<FB ? FB : 1> unit;
+            if constexpr (C::MULTIPLIES_V)
+                if (u && kw == 0) load_u<FB, FU>(unit, p.add, u, 0, work.row_block + wg * 4 + warp, lane);
             uint4* octets = BYTES_NEXT && p.next.bytes ? all_octets[turn] : nullptr;
             // sums live and end inside: shared by both sizes they made the compiler wait for every product
             auto run = [&](auto size) {
@@ -570,35 +681,41 @@ __global__ void __launch_bounds__(Config<1, U, G, BF16, NT, MI, WGS, KW>::THREAD
                 for (int mi = 0; mi < MI; ++mi)
 #pragma unroll
                     for (int i = 0; i < N / 2; ++i) acc[mi][i] = 0.f;
-#define WHERE acc, ring, STAGE, bars, p.stages, stage, phase, records, wg, kw, lane, warp
-#define CODES(W)                                                                                                            \
-    accumulate_bytes<W, U, G, WGS, KW, C>(acc, ring, STAGE, C::sums_at(MAX_B), bars, p.stages, stage, phase, records, wg, kw, \
-                                          lane, warp)
                 if constexpr (!C::BYTES) {
-                    accumulate<B, MAX_B, U, G, BF16, NT, N, MI, WGS, KW>(WHERE, bits, work.centre);
+                    accumulate<C, B, MAX_B, U, G, BF16, NT, N, MI, WGS, KW>(WHERE, bits, work.centre);
                 } else {
-                    if constexpr (B) CODES(B);
-                    else if (bits == 1) CODES(1);
-                    else if (bits == 2) CODES(2);
-                    else if (bits == 3) CODES(3);
-                    else if (MAX_B == 4 || bits == 4) CODES(4);
-                    else CODES(MAX_B);
+                    if constexpr (B) BYTES(B, U, G);
+                    else if (bits == 1) BYTES(1, U, G);
+                    else if (bits == 2) BYTES(2, U, G);
+                    else if (bits == 3) BYTES(3, U, G);
+                    else if (MAX_B == 4 || bits == 4) BYTES(4, U, G);
+                    else BYTES(MAX_B, U, G);
                 }
-#undef CODES
-#undef WHERE
+                if constexpr (FB > 0 && !C::BYTES)
+                    if (u)
+                        accumulate_t<C, FB, FU, BF16, N, MI, WGS>(acc, p.add, u, work.row_block, ring, STAGE, bars, p.stages, stage,
+                                                                  phase, wg, kw, lane, warp);
                 if (has_column) columns[thread] = column;  // not before: they are still on their way
                 if constexpr (KW > 1) add_columns<N, MI, WGS, KW, C::CONSUMERS>(acc, sums, wg, kw, thread);
                 if (KW == 1 && MODE == DOWN) named_barrier(1, C::CONSUMERS);  // columns are there
                 if (kw > 0) return;
+                if constexpr (C::MULTIPLIES_V)
+                    if (u) {
+                        await_count(p.add.done + work.tile, 4 * WGS * schedule.v_row_tiles, lane);
+                        add_compensator<FB, FU, BF16>(acc[0], unit, p.add, work, u, work.row_block + wg * 4 + warp, lane);
+                    }
 #pragma unroll
                 for (int mi = 0; mi < MI; ++mi) {
                     const int block = (wg * MI + mi) * 4 + warp;
                     store_rows<BF16, N, MODE>(p, work, columns, shared_address(corners[thread / WARP]),
-                                              octets ? octets + block / 8 * 8 * NT + block % 8 : nullptr, adds, work.row_block + block, acc[mi], lane);
+                                              octets ? octets + block / 8 * 8 * NT + block % 8 : nullptr, work.row_block + block,
+                                              acc[mi], lane);
                 }
             };
-            if (NARROW<NT, MI> < NT && work.tokens <= NARROW<NT, MI>) run(Size<NARROW<NT, MI>>{});
+            if (NARROW<NT, MI, B> < NT && work.tokens <= NARROW<NT, MI, B>) run(Size<NARROW<NT, MI, B>>{});
             else run(Size<NT>{});
+#undef BYTES
+#undef WHERE
             if constexpr (BYTES_NEXT)
                 if (kw == 0 && octets) {
                     named_barrier(2, WGS * 128);

@@ -14,7 +14,7 @@ import torch
 
 from moepress.errors import KernelError
 from moepress.kernels.cuda import choose
-from moepress.kernels.cuda.bank import Factors, RecordBank, structure
+from moepress.kernels.cuda.bank import BankArgument, Factors, RecordBank, structure
 from moepress.kernels.cuda.functions import address, find_function, find_kernel, is_bf16, processors_of, shared_bytes_of
 from moepress.kernels.cuda.tensor_map import map_rows, map_sums
 
@@ -23,15 +23,27 @@ HALVES: tuple[Mode, Mode] = "GATE_UP", "DOWN"
 PLACE_PAIRS, PLACE_SLOTS, PLACE_WARPS = 8192, 32, 8
 """Pairs and slots up to which `place_rows` does without a sort, and warps of its blocks; as in route.cu."""
 
-_Grouped = structure(
-    "_Grouped", "y bias", "first pairs weights addend added_to next_bytes next_sums",
-    "next_units next_record_units next_segments next_floats "
-    "tokens slots num_experts n ld records row_blocks stages splits split_records",
-)  # fmt: skip
+_Next = structure("_Next", "bytes sums", "", "units record_units segments floats")
+_Sizes = structure("_Sizes", "", "", "tokens slots num_experts n ld records row_blocks stages splits split_records")
 _Sort = structure("_Sort", "ids weights first sorted sorted_weights", "", "ids_wide weight_type count num_experts")
 _WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_RowsOut = structure("_RowsOut", "rows bytes sums", "", "count units record_units sum_floats")
+_RowsOut = structure("_RowsOut", "rows bytes sums zeros", "", "count units record_units sum_floats zero_count")
 _Combine = structure("_Combine", "parts y ids", "", "ids_wide slots num_experts n tokens")
+
+
+class _Compensators(ctypes.Structure):
+    _fields_ = (
+        ("u", ctypes.c_void_p), ("u_records", ctypes.c_int), ("columns", ctypes.c_int), ("v", ctypes.c_void_p),
+        ("t", ctypes.c_void_p), ("done", ctypes.c_void_p), ("v_row_blocks", ctypes.c_int),
+    )  # fmt: skip
+
+
+class _Grouped(ctypes.Structure):
+    _fields_ = (
+        ("y", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("bank", BankArgument), ("first", ctypes.c_void_p),
+        ("pairs", ctypes.c_void_p), ("weights", ctypes.c_void_p), ("add", _Compensators), ("next", _Next),
+        ("sizes", _Sizes),
+    )  # fmt: skip
 
 
 class _Prepare(ctypes.Structure):
@@ -71,11 +83,13 @@ class Rows(NamedTuple):
             torch.empty(size, dtype=torch.float32, device=x.device) if in_bytes else None,
         )
 
-    def argument(self, bank: RecordBank) -> _RowsOut:
+    def argument(self, bank: RecordBank, zeros: torch.Tensor | None = None) -> _RowsOut:
+        """`zeros`, int32, are set to 0 by the kernel that makes the rows."""
         layout = bank.shape.any
         count = next(len(each) for each in self if each is not None) if self.bytes is None else len(self.bytes)
         units = layout.records_per_row_block * layout.units
-        return _RowsOut(*map(address, self), count, units, layout.units, bank.shape.record_sums)
+        sizes = count, units, layout.units, bank.shape.record_sums, 0 if zeros is None else zeros.numel()
+        return _RowsOut(*map(address, (*self, zeros)), *sizes)
 
 
 class Route(NamedTuple):
@@ -94,12 +108,14 @@ class Route(NamedTuple):
         return self.first[-1:]
 
 
-class Addend(NamedTuple):
-    """What compensators add to a product."""
+class Added(NamedTuple):
+    """What a product adds for its compensators: u t."""
 
-    rows: torch.Tensor
-    """[P, rows of W], in sorted order; those of experts without a compensator are not set."""
-    u: RecordBank
+    factors: Factors
+    t: torch.Tensor
+    """v x [P, columns of u's records]; where tiles have 8 tokens still to be made, [P, rows of v] by `t_place`."""
+    done: torch.Tensor | None
+    """int32 zeros for each token tile; None: t is there."""
 
 
 class Next(NamedTuple):
@@ -122,50 +138,63 @@ def run_many(
 ) -> None:
     """The sorted path, for any number of tokens."""
     tokens, pairs, each = len(x), ids.numel(), ids.numel() / len(gate_up.where)
-    up_tile, up_stages = find_tile(x, gate_up, "GATE_UP", choose.expert_tiles(gate_up.shape, each))
-    tile, stages = find_tile(x, down, "DOWN", choose.expert_tiles(down.shape, each))
-
-    plain = not up_tile.takes_bytes or gate_up_factors is not None
-    rows, route = sort_rows(x, ids, weights, gate_up, plain=plain, in_bytes=up_tile.takes_bytes)
+    (up_tile, up_stages), (tile, stages) = (
+        find_tile(x, bank, half, choose.expert_tiles(bank.shape, each), factors and factors.ranks)
+        for half, bank, factors in zip(HALVES, (gate_up, down), (gate_up_factors, down_factors), strict=True)
+    )
+    # a counter of each half's token tiles, if tiles have 8 tokens
+    counters = None
+    if (gate_up_factors or down_factors) and (up_tile.takes_bytes or tile.takes_bytes):
+        counters = torch.empty(2, len(gate_up.where) + pairs // 8, dtype=torch.int32, device=x.device)
+    bytes_up = up_tile.takes_bytes
+    rows, route = sort_rows(x, ids, weights, gate_up, plain=not bytes_up, in_bytes=bytes_up, zeros=counters)
     made = choose.passes_bytes(up_tile, gate_up.shape, tile, down.shape)
-    plain = not made or down_factors is not None
-    h = Rows.empty(x, pairs, down, plain=plain, in_bytes=made)
+    h = Rows.empty(x, pairs, down, plain=not made, in_bytes=made)
     if h.plain is not None and h.plain.shape[1] != intermediate:
         h.plain.zero_()  # padding meets real scales and zeros in the short last group
-    addend = compensate(rows.plain, gate_up_factors, tokens, route)
+    added = compensate(rows, up_tile, gate_up_factors, route, counters)
     then = Next(h, down) if made else None
     columns = down.layouts[0].padded_columns
     operands = rows, h.plain, gate_up, intermediate, tokens
-    grouped("GATE_UP", up_tile, up_stages, *operands, ld=columns, route=route, addend=addend, then=then)
+    grouped("GATE_UP", up_tile, up_stages, *operands, ld=columns, route=route, added=added, then=then)
 
     if tile.takes_bytes and not made:
-        made_now = prepare(h.plain, down, pairs, plain=False, in_bytes=True, count=route.count)
-        h = made_now._replace(plain=h.plain)  # which compensators multiply
-    addend = compensate(h.plain, down_factors, tokens, route)
+        h = prepare(h.plain, down, pairs, plain=False, in_bytes=True, count=route.count)
+    added = compensate(h, tile, down_factors, route, counters if counters is None else counters[1])
     parts = x.new_empty(pairs, x.shape[1])
     operands = h, parts, down, x.shape[1], tokens
-    grouped("DOWN", tile, stages, *operands, route=route, addend=addend)
+    grouped("DOWN", tile, stages, *operands, route=route, added=added)
     combine(parts, ids, len(down.where), y)
 
 
-def compensate(x: torch.Tensor | None, factors: Factors | None, tokens: int, route: Route) -> Addend | None:
-    """u v x for sorted rows, in two launches, or three where few tiles share v's columns."""
+def compensate(
+    rows: Rows,
+    tile: choose.Tile,
+    factors: Factors | None,
+    route: Route | None = None,
+    done: torch.Tensor | None = None,
+) -> Added | None:
+    """What a product of `rows` in such tiles has to add; in wide ones t = v x is made here."""
     if factors is None:
         return None
-    assert x is not None, "compensators multiply 16-bit rows"
-    v, u = factors
+    if tile.takes_bytes:
+        assert done is not None and rows.bytes is not None, "tiles of 8 tokens count what is done of t"
+        return Added(factors, rows.bytes.new_empty(len(rows.bytes), factors.v.layouts[0].rows), done)
+    assert rows.plain is not None, "compensators of wide tiles multiply 16-bit rows"
     # whole records of u: v's padding of zero rows makes zeros of theirs
-    t = multiply(x, v, u.layouts[0].padded_columns, tokens, route)
-    return Addend(multiply(t, u, u.layouts[0].rows, tokens, route), u)
+    return Added(factors, multiply(rows.plain, factors.v, factors.u.layouts[0].padded_columns, route), None)
 
 
-def multiply(x: torch.Tensor, bank: RecordBank, columns: int, tokens: int, route: Route) -> torch.Tensor:
-    """Sorted rows times their experts' matrices, of which the first `columns` results are kept."""
+def multiply(x: torch.Tensor, bank: RecordBank, columns: int, route: Route | None = None) -> torch.Tensor:
+    """Sorted rows times their experts' matrices, without a route the one matrix; the first `columns` results are kept.
+
+    Two launches where few tiles share the columns of x.
+    """
     rows, experts = len(x), len(bank.where)
     tile, stages = find_tile(x, bank, "PLAIN", choose.factor_tiles(bank.shape, rows / experts))
     splits, each = choose.factor_splits(bank.shape, tile, experts, rows, processors_of(x.device.index))
     parts = x.new_empty(rows * splits, columns)
-    operands = Rows(x, None, None), parts.view(rows, -1), bank, columns, tokens
+    operands = Rows(x, None, None), parts.view(rows, -1), bank, columns, rows // (route.slots if route else 1)
     grouped("PLAIN", tile, stages, *operands, route=route, splits=(splits, each))
     if splits == 1:
         return parts
@@ -174,9 +203,19 @@ def multiply(x: torch.Tensor, bank: RecordBank, columns: int, tokens: int, route
 
 
 def sort_rows(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, bank: RecordBank, *, plain: bool, in_bytes: bool
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    bank: RecordBank,
+    *,
+    plain: bool,
+    in_bytes: bool,
+    zeros: torch.Tensor | None = None,
 ) -> tuple[Rows, Route]:
-    """x's rows in the order of their experts, padded to whole records, in 16 bits and as bytes as asked."""
+    """x's rows in the order of their experts, padded to whole records, in 16 bits and as bytes as asked.
+
+    `zeros`, int32, are set to 0 on the way.
+    """
     (tokens, slots), experts, device = ids.shape, len(bank.where), x.device.index
     pairs, types = tokens * slots, (int(ids.dtype == torch.int64), _WEIGHT_TYPES[weights.dtype])
     first, order = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (experts + 1, pairs))
@@ -188,10 +227,11 @@ def sort_rows(
         find_function("route.cu", "sort_pairs", device).launch(
             1, 1024, 132 * experts + 2 * pairs, (sort,), programmatic=True
         )
-        return prepare(x, bank, pairs, plain=plain, in_bytes=in_bytes, route=route, count=route.count), route
+        kinds = {"plain": plain, "in_bytes": in_bytes, "zeros": zeros}
+        return prepare(x, bank, pairs, **kinds, route=route, count=route.count), route
 
     rows = Rows.empty(x, pairs, bank, plain=plain, in_bytes=in_bytes)
-    place = _Place(x.data_ptr(), *given, *made, rows.argument(bank), *types, tokens, slots, experts, x.shape[1])
+    place = _Place(x.data_ptr(), *given, *made, rows.argument(bank, zeros), *types, tokens, slots, experts, x.shape[1])
     # a block has 256 octets of a token's columns, and a warp an expert's first pair
     units = bank.shape.any.padded_columns // 64
     blocks = max(tokens * -(-units // 32), -(-(experts + 1) // PLACE_WARPS))
@@ -214,7 +254,7 @@ def grouped(
     ld: int | None = None,
     bias: torch.Tensor | None = None,
     route: Route | None = None,
-    addend: Addend | None = None,
+    added: Added | None = None,
     then: Next | None = None,
     splits: tuple[int, int] = (1, 0),
 ) -> None:
@@ -222,24 +262,42 @@ def grouped(
     x = rows.bytes if tile.takes_bytes else rows.plain
     assert x is not None, f"{mode} takes {'bytes' if tile.takes_bytes else '16 bits'}, which nobody has made"
     device, shape, layout = x.device.index, bank.shape, bank.shape.any
-    function, _ = find_kernel("grouped.cu", grouped_instance(mode, shape, x.dtype, tile), device)
+    ranks = added and added.factors.ranks
+    function, _ = find_kernel("grouped.cu", grouped_instance(mode, shape, x.dtype, tile, ranks), device)
     first, pairs, weights, slots = route or (None, None, None, 1)
-    added, u = addend or (None, None)
-    after, next_units = (then.rows, then.bank.shape.any) if then else (Rows(None, None, None), None)
     arguments = _Grouped(
         address(y), address(bias), bank.argument, address(first), address(pairs), address(weights),
-        address(added), u and u.argument.experts, address(after.bytes), address(after.sums),
-        *((next_units.padded_columns // 64, next_units.units, then.bank.shape.segments, then.bank.shape.record_sums)
-          if then and next_units else (1, 1, 1, 0)),
-        tokens, slots, len(bank.where), columns,
-        ld if ld is not None else y.shape[1], layout.records_per_row_block, shape.row_blocks, stages, *splits,
+        _compensators(added), _next(then),
+        _Sizes(
+            tokens, slots, len(bank.where), columns, ld if ld is not None else y.shape[1],
+            layout.records_per_row_block, shape.row_blocks, stages, *splits,
+        ),
     )  # fmt: skip
-    x_map, narrow_map = (map_rows(x, each, tile.column_groups * layout.units) for each in (tile.tokens, tile.narrow))
-    other_map = map_sums(rows.sums, tile.tokens, tile.column_groups) if tile.takes_bytes else narrow_map
-    shared = stages * tile.stage_bytes(shape) + choose.RESERVED
+    x_map, other_map = (map_rows(x, each, tile.column_groups * layout.units) for each in (tile.tokens, tile.narrow))
+    if tile.takes_bytes:
+        other_map = map_sums(rows.sums, tile.tokens, tile.column_groups)
+    t_map = map_rows(added.t, tile.tokens, 1) if added and not tile.takes_bytes else x_map  # x_map: nobody reads it
+    shared = stages * tile.stage_bytes(shape, ranks) + choose.RESERVED
     function.launch(
-        tile.blocks * processors_of(device), tile.threads, shared, (arguments, x_map, other_map), programmatic=True
-    )
+        tile.blocks * processors_of(device), tile.threads, shared, (arguments, x_map, other_map, t_map),
+        programmatic=True,
+    )  # fmt: skip
+
+
+def _compensators(added: Added | None) -> _Compensators:
+    if added is None:
+        return _Compensators()
+    (v, u), t, done = added
+    given = v.table.data_ptr(), t.data_ptr(), address(done)
+    return _Compensators(u.table.data_ptr(), u.layouts[0].records_per_row_block, t.shape[1], *given, v.shape.row_blocks)
+
+
+def _next(then: Next | None) -> ctypes.Structure:
+    if then is None:
+        return _Next()
+    (_, in_bytes, sums), shape, layout = then.rows, then.bank.shape, then.bank.shape.any
+    sizes = layout.padded_columns // 64, layout.units, shape.segments, shape.record_sums
+    return _Next(address(in_bytes), address(sums), *sizes)
 
 
 def prepare(
@@ -251,11 +309,14 @@ def prepare(
     in_bytes: bool,
     route: Route | None = None,
     count: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
 ) -> Rows:
-    """x's rows as asked, in a route's order if there is one; the first `count` rows."""
+    """x's rows as asked, in a route's order if there is one; the first `count` rows. `zeros`, int32, are set to 0."""
     made = Rows.empty(x, rows, bank, plain=plain, in_bytes=in_bytes)
     _, pairs, _, slots = route or (None, None, None, 1)
-    arguments = _Prepare(x.data_ptr(), made.argument(bank), address(pairs), address(count), rows, x.shape[1], slots)
+    arguments = _Prepare(
+        x.data_ptr(), made.argument(bank, zeros), address(pairs), address(count), rows, x.shape[1], slots
+    )
     blocks = min(8 * processors_of(x.device.index), -(-rows * bank.shape.any.padded_columns // (8 * 256)))
     find_function("route.cu", rows_instance("prepare_rows", bank.shape, x.dtype), x.device.index).launch(
         blocks, 256, 0, (arguments,), programmatic=True
@@ -272,33 +333,67 @@ def combine(parts: torch.Tensor, ids: torch.Tensor | None, experts: int, y: torc
     find_function("route.cu", f"combine<{is_bf16(y)}>", device).launch(blocks, 256, 0, (arguments,), programmatic=True)
 
 
-def find_tile(x: torch.Tensor, bank: RecordBank, mode: Mode, tiles: Sequence[choose.Tile]) -> tuple[choose.Tile, int]:
+def find_tile(
+    x: torch.Tensor,
+    bank: RecordBank,
+    mode: Mode,
+    tiles: Sequence[choose.Tile],
+    ranks: choose.Ranks | None = None,
+) -> tuple[choose.Tile, int]:
     """The first tile whose ring of two stages or more fits beside the kernel's own shared memory."""
     device = x.device.index
     for tile in tiles:
-        _, static = find_kernel("grouped.cu", grouped_instance(mode, bank.shape, x.dtype, tile), device)
-        if (stages := tile.stages(bank.shape, shared_bytes_of(device) // tile.blocks - static)) >= 2:
+        _, static = find_kernel("grouped.cu", grouped_instance(mode, bank.shape, x.dtype, tile, ranks), device)
+        if (stages := tile.stages(bank.shape, shared_bytes_of(device) // tile.blocks - static, ranks)) >= 2:
             return tile, stages
     raise KernelError(f"no tile of {bank.shape.any} fits into {shared_bytes_of(device)} bytes of shared memory")
 
 
-def grouped_instance(mode: Mode, bank: choose.Bank, dtype: torch.dtype, tile: choose.Tile) -> str:
-    return f"grouped<{bank.template}, {is_bf16(dtype)}, {tile.tokens}, {mode}, {tile.template}>"
+def grouped_instance(
+    mode: Mode, bank: choose.Bank, dtype: torch.dtype, tile: choose.Tile, ranks: choose.Ranks | None = None
+) -> str:
+    factors = f"{ranks.bits}, {ranks.units}" if ranks else "0, 0"
+    return f"grouped<{bank.template}, {is_bf16(dtype)}, {tile.tokens}, {mode}, {tile.template}, {factors}>"
 
 
 def instances(
-    gate_up: choose.Bank, down: choose.Bank, factors: Sequence[choose.Bank], dtype: torch.dtype
+    gate_up: choose.Bank,
+    down: choose.Bank,
+    factors: Sequence[tuple[choose.Bank, choose.Bank] | None],
+    dtype: torch.dtype,
 ) -> Iterator[tuple[str, str]]:
-    """Pairs of source and instance that `run_many` can need; `factors` are the v and u of both halves."""
+    """Pairs of source and instance that `run_many` can need; `factors` are v and u of both halves."""
     yield "route.cu", "sort_pairs"
     yield "route.cu", f"combine<{is_bf16(dtype)}>"
     for kernel, bank in (("place_rows", gate_up), ("prepare_rows", gate_up), ("prepare_rows", down)):
         yield "route.cu", rows_instance(kernel, bank, dtype)
-    for tokens in (2, 16, 64, 256):
-        for half, bank in zip(HALVES, (gate_up, down), strict=True):
-            yield "grouped.cu", grouped_instance(half, bank, dtype, choose.expert_tiles(bank, tokens)[0])
-        for bank in factors:
-            yield "grouped.cu", grouped_instance("PLAIN", bank, dtype, choose.factor_tiles(bank, tokens)[0])
+    for half, bank, both in zip(HALVES, (gate_up, down), factors, strict=True):
+        for tokens in choose.EXAMPLES:
+            yield from _compensated(half, bank, both, dtype, choose.expert_tiles(bank, tokens)[0], tokens)
+
+
+def dense_instances(
+    bank: choose.Bank, factors: tuple[choose.Bank, choose.Bank] | None, dtype: torch.dtype, processors: int
+) -> Iterator[tuple[str, str]]:
+    """The same of a dense layer of several tokens."""
+    yield "route.cu", rows_instance("prepare_rows", bank, dtype)
+    yield "route.cu", f"combine<{is_bf16(dtype)}>"
+    for tokens in choose.EXAMPLES:
+        yield from _compensated("DENSE", bank, factors, dtype, choose.dense_tiles(bank, tokens, processors)[0], tokens)
+
+
+def _compensated(
+    mode: Mode,
+    bank: choose.Bank,
+    factors: tuple[choose.Bank, choose.Bank] | None,
+    dtype: torch.dtype,
+    tile: choose.Tile,
+    tokens: int,
+) -> Iterator[tuple[str, str]]:
+    ranks = choose.ranks(factors[0].any, factors[1].any) if factors else None
+    yield "grouped.cu", grouped_instance(mode, bank, dtype, tile, ranks)
+    if factors and not tile.takes_bytes:
+        yield "grouped.cu", grouped_instance("PLAIN", factors[0], dtype, choose.factor_tiles(factors[0], tokens)[0])
 
 
 def rows_instance(kernel: str, bank: choose.Bank, dtype: torch.dtype) -> str:

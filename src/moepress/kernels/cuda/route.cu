@@ -134,7 +134,12 @@ struct RowsOut {
     u16* rows;    // [rows, 64 * units], zeros past the end; null: not needed
     u32* bytes;   // [rows][units][UNIT_WORDS] or null
     float* sums;  // with bytes, of their segments: [records][count][sum_floats]
-    int count, units, record_units, sum_floats;
+    int* zeros;   // [zero_count] that are set to 0: counters of the products that follow
+    int count, units, record_units, sum_floats, zero_count;
+
+    __device__ __forceinline__ void clear() const {
+        for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < zero_count; i += gridDim.x * blockDim.x) zeros[i] = 0;
+    }
 };
 
 // One octet of columns on its way to its rows: a lane's four words of 16 bits, and four of bytes.
@@ -183,6 +188,7 @@ template <int G, bool BF16> __global__ void __launch_bounds__(ROWS_THREADS) prep
     __shared__ __align__(16) u32 corners[ROWS_THREADS / WARP][4 * WARP];
     await_producers();
     allow_dependents();
+    p.out.clear();
     const int octets = 8 * p.out.units, rows = p.count ? *p.count : p.rows, all = rows * octets;
     for (int first = blockIdx.x * ROWS_THREADS; first < all; first += gridDim.x * ROWS_THREADS) {
         const int at = first + threadIdx.x, row = at / octets, o = at - row * octets;
@@ -239,6 +245,7 @@ template <int G, bool BF16> __global__ void __launch_bounds__(ROWS_THREADS) plac
         if (token < p.tokens && o < octets) load_octet<BF16>(piece.octet, p.x + (u64)token * p.k, 8 * o, p.k);
     };
     read_octet(blockIdx.x);
+    p.out.clear();
     for (int i = threadIdx.x; i < 4 * quads; i += ROWS_THREADS) {
         const long long id = i < pairs ? read_id(p.ids, p.ids_wide, i) : -1;
         keys[i] = u32(id >= 0 && id < p.num_experts ? int(id) : NOBODY) << 16 | u32(i);

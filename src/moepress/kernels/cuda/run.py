@@ -5,7 +5,8 @@ Legend: M or T tokens, k experts a token, P = T k pairs, E experts, H hidden and
 
     up to 8       gemv<GATE_UP> -> gemv<DOWN>                                                                 few.py
     more          place_rows -> grouped<GATE_UP> -> grouped<DOWN> -> combine                                  many.py
-                  (from 8193 pairs on sort_pairs -> prepare_rows first)
+                  (from 8193 pairs on sort_pairs -> prepare_rows first; grouped<PLAIN> before each half that has
+                  compensators, from 7 tokens an expert on)
 
 Every launch is programmatic: a kernel starts while the one before it ends, fetches weights, and waits for the rest.
 """
@@ -25,7 +26,7 @@ from moepress.kernels.cuda.compiler import warm as compile_all
 from moepress.kernels.cuda.few import few_experts, few_linear, gemv_instance
 from moepress.kernels.cuda.functions import processors_of, shared_bytes_of
 from moepress.kernels.cuda.launch import architecture
-from moepress.kernels.cuda.many import Rows, find_tile, grouped, grouped_instance, prepare, rows_instance, run_many
+from moepress.kernels.cuda.many import Rows, compensate, dense_instances, find_tile, grouped, prepare, run_many
 from moepress.kernels.cuda.many import instances as many_instances
 from moepress.kernels.records import RecordLayout
 
@@ -81,20 +82,22 @@ def linear(
 ) -> torch.Tensor:
     """x [M, K], bf16 or fp16, contiguous -> x (W + u v)^T (+ bias) [M, N] in x's dtype, accumulated in float32.
 
-    One token is one launch; with more, u v x is two products of its own, rounded to x's dtype.
+    One token is one launch; with more, v x is a product of its own where tiles are wide, rounded to x's dtype.
     """
     y = x.new_empty(len(x), out_features)
     if len(x) == 1 and few_linear(x, y, bank, bias, factors):
         return y
-    if factors is not None:
-        t = linear(x, factors.v, None, factors.v.layouts[0].rows)
-        return linear(x, bank, bias, out_features).add_(linear(t, factors.u, None, out_features))
     columns = bank.layouts[0].padded_columns
     if columns != x.shape[1]:
         x = torch.nn.functional.pad(x, (0, columns - x.shape[1]))
-    tile, stages = find_tile(x, bank, "DENSE", choose.dense_tiles(bank.shape, len(x), processors_of(x.device.index)))
-    rows = prepare(x, bank, len(x), plain=False, in_bytes=True) if tile.takes_bytes else Rows(x, None, None)
-    grouped("DENSE", tile, stages, rows, y, bank, out_features, len(x), bias=bias)
+    tiles = choose.dense_tiles(bank.shape, len(x), processors_of(x.device.index))
+    tile, stages = find_tile(x, bank, "DENSE", tiles, factors and factors.ranks)
+    rows, done = Rows(x, None, None), None
+    if tile.takes_bytes:
+        done = torch.empty(-(-len(x) // tile.tokens), dtype=torch.int32, device=x.device) if factors else None
+        rows = prepare(x, bank, len(x), plain=False, in_bytes=True, zeros=done)
+    added = compensate(rows, tile, factors, done=done)
+    grouped("DENSE", tile, stages, rows, y, bank, out_features, len(x), bias=bias, added=added)
     return y
 
 
@@ -119,9 +122,7 @@ def experts(
     banks = gate_up, down, gate_up_factors, down_factors
     if few_experts(x, ids, weights, *banks, intermediate, y):
         return y
-    # compensators are added through a tensor of [pairs, 2 I]: 0.9 GB for Mixtral at 16,384 pairs
-    pairs = MAX_PAIRS // 4 if gate_up_factors or down_factors else MAX_PAIRS
-    step = pairs // ids.shape[1]
+    step = MAX_PAIRS // ids.shape[1]
     for at in range(0, len(x), step):
         part = slice(at, at + step)
         run_many(x[part], ids[part], weights[part], gate_up, down, intermediate, y[part], gate_up_factors, down_factors)
@@ -158,15 +159,10 @@ class _Instances:
     """Bytes that a block may have."""
 
     def linear(self, layouts: Layouts) -> Instances:
-        weight, *factors = layouts
-        bank = choose.Bank((weight,))
-        yield from self._few("DENSE", bank, choose.ranks(*factors) if factors else None, 1, 1)
-        for factor in factors:
-            yield from self.linear((factor,))
-        yield "route.cu", rows_instance("prepare_rows", bank, self.dtype)
-        for tokens in (2, 16, 64, 1024):
-            tile = choose.dense_tiles(bank, tokens, self.processors)[0]
-            yield "grouped.cu", grouped_instance("DENSE", bank, self.dtype, tile)
+        weight, *factors = (choose.Bank((layout,)) for layout in layouts)
+        ranks = choose.ranks(*(bank.any for bank in factors)) if factors else None
+        yield from self._few("DENSE", weight, ranks, 1, 1)
+        yield from dense_instances(weight, (factors[0], factors[1]) if factors else None, self.dtype, self.processors)
 
     def experts(
         self,
@@ -182,7 +178,10 @@ class _Instances:
             for tokens in range(1, choose.MAX_TOKENS + 1):
                 yield from self._few(mode, bank, ranks, tokens, slots)
         banks = choose.Bank(tuple(gate_up)), choose.Bank(tuple(down))
-        kinds = [choose.Bank(tuple(each)) for both in (gate_up_factors, down_factors) if both for each in both]
+        kinds = [
+            (choose.Bank(tuple(both[0])), choose.Bank(tuple(both[1]))) if both else None
+            for both in (gate_up_factors, down_factors)
+        ]
         yield from many_instances(*banks, kinds, self.dtype)
 
     def _few(
