@@ -29,6 +29,8 @@ RESERVED = 1024
 """Shared bytes that the system keeps of each block, and those lost to aligning the ring of `grouped`."""
 HOPPER, STATIC = 227 << 10, 40 << 10
 """Shared bytes that a block can have, and more than any kernel declares for itself."""
+WIDE_STAGES = HOPPER - RESERVED - (12 << 10)
+"""Those that the ring of a dense layer's wide tiles can have; they declare 10 KB for themselves."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Bank:
         """Of the widest record."""
         layout = self.any
         return 128 * layout.units * self.most_bits + 64 * layout.groups_per_record
+
+    @property
+    def step(self) -> int:
+        """Records that are multiplied between two looks at the ring: 256 columns."""
+        return 4 // self.any.units
 
     @property
     def row_blocks(self) -> int:
@@ -190,11 +197,11 @@ class Tile:
 
     def stage_bytes(self, bank: Bank, ranks: Ranks | None = None) -> int:
         """Shared bytes of one stage of the ring, as `Config` in grouped.cu has it."""
-        layout, columns = bank.any, self.column_groups
+        columns, records = self.column_groups, self.column_groups * bank.step
         record = max(bank.record_bytes, ranks.v_record_bytes if ranks and self.takes_bytes else 0)
-        used = columns * (128 * layout.units * self.tokens + self.row_blocks * record)
+        used = columns * 4 * 128 * self.tokens + records * self.row_blocks * record
         if self.takes_bytes:
-            used = _up(used, 128) + 4 * columns * self.tokens * bank.record_sums
+            used = _up(used, 128) + 4 * records * self.tokens * bank.record_sums
         return _up(used, 1024)
 
     def stages(self, bank: Bank, available: int, ranks: Ranks | None = None) -> int:
@@ -253,14 +260,30 @@ def factor_splits(bank: Bank, tile: Tile, experts: int, pairs: int, processors: 
 
 
 def dense_tiles(bank: Bank, tokens: int, processors: int) -> Sequence[Tile]:
-    """The same for one matrix: wide tiles only where they are enough to keep most of the GPU busy."""
+    """The same for one matrix: wide tiles only where they are enough to keep most of the GPU busy.
+
+    Of 128 tokens or 152, whichever takes fewer rounds of all processors: 14336 rows and 1024 tokens are 3.4 or 3.0.
+    """
     if tokens <= 8:
         best = Tile(8, 1, 2, 2) if bank.row_blocks >= 6 * processors else Tile(8, 1, 1, 4)
     elif tokens > 64 and -(-bank.row_blocks // 16) * -(-tokens // 128) >= 0.8 * processors:
-        best = Tile(128, 2, 2, 1)
+        wide = [tile for tile in (Tile(128, 2, 2, 1), Tile(152, 2, 2, 1)) if 2 * tile.stage_bytes(bank) <= WIDE_STAGES]
+        best = min(wide, key=lambda tile: _time(tile, bank, tokens, processors)) if wide else Tile(64, 1, 1, 2)
     else:
         best = Tile(32, 1, 2, 2) if bank.row_blocks >= 6 * processors else Tile(32, 1, 1, 4)
     return best, Tile(best.tokens if best.tokens <= 32 else 64, 1, 1, 2), Tile(8, 1, 1, 1)
+
+
+def every_dense_tile(bank: Bank, processors: int) -> set[Tile]:
+    """All that are best for some number of tokens up to 4096."""
+    counts = {2, 64} | {tokens for size in (128, 152) for tokens in range(size, 4096, size)}
+    return {dense_tiles(bank, tokens, processors)[0] for tokens in counts}
+
+
+def _time(tile: Tile, bank: Bank, tokens: int, processors: int) -> int:
+    """Of a matrix, in the time of a column of a wide tile; a tile takes as long as 120 more (`_wide`)."""
+    tiles = -(-bank.row_blocks // tile.row_blocks) * -(-tokens // tile.tokens)
+    return -(-tiles // processors) * (tile.tokens + 120)
 
 
 def _up(x: int, to: int) -> int:

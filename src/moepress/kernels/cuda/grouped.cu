@@ -56,8 +56,8 @@ struct Arguments {
 constexpr int MAX_EXPERTS = 512;
 
 // Tensor maps of the activations, DENSE of the tokens, else of the sorted pairs: x as [units][rows][64] in boxes of
-// [KW * U, NT or NARROW, 64] with 128-byte swizzle, and for tiles of 8 tokens the same of x's bytes, and their sums as
-// [records][rows][..] in boxes of [KW, NT, ..]. t, for wider tiles, as x in boxes of [1, NT, 64].
+// [KW * 4, NT or NARROW, 64] with 128-byte swizzle, and for tiles of 8 tokens the same of x's bytes, and their sums as
+// [records][rows][..] in boxes of [KW * 4 / U, NT, ..]. t, for wider tiles, as x in boxes of [1, NT, 64].
 struct alignas(64) TensorMap {
     u8 opaque[128];
 };
@@ -86,8 +86,8 @@ struct alignas(16) Work {
 };
 
 // Wide tiles have products of two sizes: experts' tokens come in all numbers, and time goes with columns, empty or not. Mixed
-// widths have one: unpacking all of them twice took 3 s to compile.
-template <int NT, int MI, int B> constexpr int NARROW = MI == 1 || B == 0 ? NT : NT == 128 ? 96 : 64;
+// widths have one: unpacking all of them twice took 3 s to compile. Tiles of 152 are a dense layer's, where all are full.
+template <int NT, int MI, int B> constexpr int NARROW = MI == 1 || B == 0 || NT == 152 ? NT : NT == 128 ? 96 : 64;
 
 // Tiles in order: expert, row tile, token tile; so that blocks at work together share an expert's records in L2. An
 // expert's tokens are shared out evenly. Before them all, those of v.
@@ -179,21 +179,21 @@ template <int U, int G, int NT, int MI, int WGS, int KW, int FB> struct Config {
     static constexpr int CONSUMERS = WGS * KW * 128;
     static constexpr bool MANY_REGISTERS = MI * NT >= 128;   // more than an even share; a whole warpgroup then gives some up
     static constexpr int THREADS = CONSUMERS + (MANY_REGISTERS ? 128 : WARP);
-    static constexpr int X_BYTES = KW * U * NT * 128;         // of a stage
-    static constexpr bool DOUBLE = U * MI % 2 == 0;
+    static constexpr int STEP = 4 / U;                        // records of a warpgroup in a stage: 256 columns
+    static constexpr int X_BYTES = KW * 4 * NT * 128;         // of a stage
     // Up to 8 tokens codes are multiplied as bytes and their sums scaled; with more it is cheaper to scale the weights.
     static constexpr bool BYTES = NT == 8 && MI == 1;
     static constexpr int H_UNITS = ROW_BLOCKS / 8;            // units of the intermediate that a tile of GATE_UP has
     static constexpr int SEGMENTS = U * Record<U, G>::SEGMENTS;
     static constexpr int SUM_BYTES = 4 * SUM_FLOATS * (SEGMENTS > 2 ? SEGMENTS : 2);  // of one token and record
     static constexpr bool MULTIPLIES_V = BYTES && FB > 0;
-    // A stage: x [KW * U][NT][64], records [MI * WGS][KW][4], sums [KW][NT][..].
+    // A stage: x [KW * 4][NT][64], records [MI * WGS][KW * STEP][4], sums [KW * STEP][NT][..].
     static __device__ __host__ constexpr int sums_at(int max_b) {
         const int own = Record<U, G>::bytes(max_b), v = MULTIPLIES_V ? Record<U, UNIT>::bytes(FB) : 0;
-        return (X_BYTES + KW * ROW_BLOCKS * (own > v ? own : v) + 127) / 128 * 128;
+        return (X_BYTES + KW * STEP * ROW_BLOCKS * (own > v ? own : v) + 127) / 128 * 128;
     }
     static __device__ __host__ constexpr int stage_bytes(int max_b) {
-        return (sums_at(max_b) + (BYTES ? KW * NT * SUM_BYTES : 0) + 1023) / 1024 * 1024;
+        return (sums_at(max_b) + (BYTES ? KW * STEP * NT * SUM_BYTES : 0) + 1023) / 1024 * 1024;
     }
 };
 
@@ -202,32 +202,32 @@ template <typename C, int B, int MAX_B, int U, int G, bool BF16, int NT, int N, 
 __device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], u32 stages_at, u32 stage_bytes, u32 bars, int stages,
                                            int& stage, u32& phase, int records, int wg, int kw, int lane, int warp, int bits,
                                            int centre) {
-    constexpr int BUFFERS = C::DOUBLE ? 2 : 1;
-    u32 a[BUFFERS][16];
+    constexpr int STEP = C::STEP;
+    u32 a[2][16];
     int held = -1;  // the stage that the last products still read
     const u32 size = Record<U, G>::bytes(B ? B : bits);
-    for (int record = 0; record < records; record += KW) {
+    for (int record = 0; record < records; record += KW * STEP) {
         mbarrier_wait(bars + 16 * stage, phase);
-        if (record + kw < records) {
-            const u32 at = stages_at + stage * stage_bytes, x = at + kw * U * N * 128, w = at + C::X_BYTES;
-            const u32 tile = swizzled_tile(x);
+        const int own = records - record - kw * STEP;
+        if (own > 0) {
+            const u32 at = stages_at + stage * stage_bytes, w = at + C::X_BYTES, tile = swizzled_tile(at + kw * 4 * N * 128);
             u32 words[MI][U * MAX_B];
 #pragma unroll
-            for (int u = 0; u < U; ++u) {
+            for (int unit = 0; unit < 4; ++unit) {
+                const int s = unit / U, u = unit % U;
+                if (s > 0 && s >= own) break;
 #pragma unroll
                 for (int mi = 0; mi < MI; ++mi) {
-                    const int buffer = C::DOUBLE ? (u * MI + mi) % 2 : 0;
-                    if (!C::DOUBLE) wgmma_wait<0>();
-                    const u32 from = w + (((wg * MI + mi) * KW + kw) * 4 + warp) * size;
-                    dequantize_any<B, MAX_B, U, G, BF16>(a[buffer], words[mi], from, u, lane, bits, centre);
+                    u32(&operand)[16] = a[(unit * MI + mi) % 2];
+                    const u32 from = w + (((wg * MI + mi) * KW * STEP + kw * STEP + s) * 4 + warp) * size;
+                    dequantize_any<B, MAX_B, U, G, BF16>(operand, words[mi], from, u, lane, bits, centre);
                     wgmma_fence();
 #pragma unroll
                     for (int j = 0; j < 4; ++j)
-                        Wgmma<N, BF16>::run(acc[mi], a[buffer] + 4 * j, descriptor(tile + u * N * 8 + 2 * j));
+                        Wgmma<N, BF16>::run(acc[mi], operand + 4 * j, descriptor(tile + unit * N * 8 + 2 * j));
                     wgmma_commit();
-                    if (C::DOUBLE) wgmma_wait<1>();
-                    if (u == 0 && mi == 0 && held >= 0) {
-                        if (!C::DOUBLE) wgmma_wait<0>();
+                    wgmma_wait<1>();
+                    if (unit == 0 && mi == 0 && held >= 0) {
                         if (lane == 0) mbarrier_arrive(bars + 16 * held + 8);
                         held = -1;
                     }
@@ -256,12 +256,16 @@ __device__ __forceinline__ void accumulate_bytes(float (&acc)[1][4], u32 stages_
     u32 chunk[2];  // the lane's 16 bytes of a row of 128, of which chunk c of row r lies at c ^ r
 #pragma unroll
     for (int i = 0; i < 2; ++i) chunk[i] = g * 128 + ((4 * (i ^ g % 2) + t) ^ g) * 16;
-    for (int record = 0; record < records; record += KW) {
+    constexpr int STEP = C::STEP;
+    for (int record = 0; record < records; record += KW * STEP) {
         mbarrier_wait(bars + 16 * stage, phase);
-        if (record + kw < records) {
-            const u32 at = stages_at + stage * stage_bytes, x = at + kw * U * TOKENS * 128;
-            const u32 w = at + C::X_BYTES + ((wg * KW + kw) * 4 + warp) * SIZE;
-            const u32 sums = at + sums_at + (kw * TOKENS + 2 * t) * C::SUM_BYTES;
+        const u32 at = stages_at + stage * stage_bytes;
+#pragma unroll
+        for (int s = 0; s < STEP; ++s) {
+            if (record + kw * STEP + s >= records) break;
+            const u32 x = at + (kw * STEP + s) * U * TOKENS * 128;
+            const u32 w = at + C::X_BYTES + ((wg * KW * STEP + kw * STEP + s) * 4 + warp) * SIZE;
+            const u32 sums = at + sums_at + ((kw * STEP + s) * TOKENS + 2 * t) * C::SUM_BYTES;
             u32 words[U * B], low[M], high[M];
 #pragma unroll
             for (int c = 0; c < B; ++c)
@@ -316,8 +320,8 @@ struct Columns {
 
 // Where column `column` of t lies: a lane's columns of each octet, as products take them, side by side.
 __device__ __forceinline__ int t_place(int column, int columns) {
-    const int width = columns < UNIT ? columns : UNIT, octets = width / 8, octet = column % width / 8;
-    return column / width * width + column % 8 / 2 * (width / 4) + 2 * octet + column % 2;
+    const int width = columns < UNIT ? columns : UNIT;
+    return column / width * width + column % 8 / 2 * (width / 4) + column % width / 8 * 2 + column % 2;
 }
 
 // A lane's part of unit `unit` of a row of t; null: zeros. Past L1, which may have an older neighbour of this row.
@@ -544,30 +548,33 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
         const u8* from = e.records + (u64)work.row_block * p.records * size;
         const int first = work.template first_record<MODE>(p), end = first + work.template records<MODE>(p);
         const bool narrow = NARROW<NT, MI, B> < NT && work.tokens <= NARROW<NT, MI, B>;
-        const u32 x_bytes = narrow ? KW * U * NARROW<NT, MI, B> * 128 : C::X_BYTES;
-        for (int record = first; record < end; record += KW) {
-            const u32 full = bars + 16 * stage, to = ring + stage * STAGE, bytes = min(KW, end - record) * 4 * size;
+        const u32 x_bytes = narrow ? KW * 4 * NARROW<NT, MI, B> * 128 : C::X_BYTES;
+        constexpr int RECORDS = KW * C::STEP;
+        for (int record = first; record < end; record += RECORDS) {
+            const u32 full = bars + 16 * stage, to = ring + stage * STAGE, bytes = min(RECORDS, end - record) * 4 * size;
             mbarrier_wait(full + 8, phase);
             if (lane == 0) {
                 if (record == first) works[stage] = work;
-                mbarrier_expect(full, groups * bytes + x_bytes + (C::BYTES ? KW * NT * C::SUM_BYTES : 0));
+                mbarrier_expect(full, groups * bytes + x_bytes + (C::BYTES ? RECORDS * NT * C::SUM_BYTES : 0));
                 tensor_copy(to, narrow ? &other_map : &x_map, 0, work.token, record * U, full);
                 for (int i = 0; i < groups; ++i)
-                    bulk_copy(to + C::X_BYTES + i * KW * 4 * size, from + (u64)(i * p.records + record) * 4 * size, bytes, full,
+                    bulk_copy(to + C::X_BYTES + i * RECORDS * 4 * size, from + (u64)(i * p.records + record) * 4 * size, bytes, full,
                               policy);
                 if constexpr (C::BYTES) tensor_copy(to + C::sums_at(MAX_B), &other_map, 0, work.token, record, full);
             }
             if (++stage == p.stages) stage = 0, phase ^= 1;
         }
-        if (FB == 0 || C::BYTES || !p.add.u || !p.add.u[work.expert].records) continue;
-        for (int unit = 0; unit < (p.add.columns + UNIT - 1) / UNIT; ++unit) {
-            const u32 full = bars + 16 * stage;
-            mbarrier_wait(full + 8, phase);
-            if (lane == 0) {
-                mbarrier_expect(full, NT * 128);
-                tensor_copy(ring + stage * STAGE, &t_map, 0, work.token, unit, full);
+        if constexpr (FB > 0 && !C::BYTES) {
+            const int units = p.add.u && p.add.u[work.expert].records ? (p.add.columns + UNIT - 1) / UNIT : 0;
+            for (int unit = 0; unit < units; ++unit) {
+                const u32 full = bars + 16 * stage;
+                mbarrier_wait(full + 8, phase);
+                if (lane == 0) {
+                    mbarrier_expect(full, NT * 128);
+                    tensor_copy(ring + stage * STAGE, &t_map, 0, work.token, unit, full);
+                }
+                if (++stage == p.stages) stage = 0, phase ^= 1;
             }
-            if (++stage == p.stages) stage = 0, phase ^= 1;
         }
     }
     mbarrier_wait(bars + 16 * stage + 8, phase);

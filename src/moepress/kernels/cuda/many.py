@@ -273,9 +273,9 @@ def grouped(
             layout.records_per_row_block, shape.row_blocks, stages, *splits,
         ),
     )  # fmt: skip
-    x_map, other_map = (map_rows(x, each, tile.column_groups * layout.units) for each in (tile.tokens, tile.narrow))
+    x_map, other_map = (map_rows(x, each, 4 * tile.column_groups) for each in (tile.tokens, tile.narrow))
     if tile.takes_bytes:
-        other_map = map_sums(rows.sums, tile.tokens, tile.column_groups)
+        other_map = map_sums(rows.sums, tile.tokens, tile.column_groups * shape.step)
     t_map = map_rows(added.t, tile.tokens, 1) if added and not tile.takes_bytes else x_map  # x_map: nobody reads it
     shared = stages * tile.stage_bytes(shape, ranks) + choose.RESERVED
     function.launch(
@@ -378,8 +378,9 @@ def dense_instances(
     """The same of a dense layer of several tokens."""
     yield "route.cu", rows_instance("prepare_rows", bank, dtype)
     yield "route.cu", f"combine<{is_bf16(dtype)}>"
-    for tokens in choose.EXAMPLES:
-        yield from _compensated("DENSE", bank, factors, dtype, choose.dense_tiles(bank, tokens, processors)[0], tokens)
+    for tile in choose.every_dense_tile(bank, processors):
+        yield from _compensated("DENSE", bank, factors, dtype, tile, tile.tokens)
+        yield from _compensated("DENSE", bank, factors, dtype, tile, 1000)
 
 
 def _compensated(
