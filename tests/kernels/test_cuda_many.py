@@ -98,9 +98,17 @@ class Layer(NamedTuple):
 
 
 def random_bank(
-    rows: int, columns: int, widths: Sequence[int | None], group_size: int, live_rows: Sequence[int | None], seed: int
+    rows: int,
+    columns: int,
+    widths: Sequence[int | None],
+    group_size: int,
+    live_rows: Sequence[int | None],
+    seed: int,
+    *,
+    of_factors: bool = False,
 ) -> tuple[Any, torch.Tensor]:
-    """A bank of an expert for each width, none for None, and its matrices, with zeros below the `live_rows`."""
+    """A bank of an expert for each width, none for None, and its matrices, with zeros below the `live_rows`; in factors
+    the middle code is the zero."""
     from moepress.kernels.cuda.run import RecordBank
 
     generator = torch.Generator("cuda").manual_seed(seed)
@@ -112,10 +120,11 @@ def random_bank(
         codes = torch.randint(0, full, (len(mine), rows, columns), generator=generator, device="cuda").to(torch.uint8)
         scale, zero = torch.rand(2, len(mine), rows, layout.groups, generator=generator, device="cuda")
         scale = 3.5 / columns**0.5 / full * (0.5 + scale)
+        zero = torch.full_like(zero, full / 2) if of_factors else full * (0.3 + 0.4 * zero)
         for slot, e in enumerate(mine):
             where[e] = which, slot
             scale[slot, rows if live_rows[e] is None else live_rows[e] :] = 0
-        records.append(pack_records(codes, scale.half(), (full * (0.3 + 0.4 * zero)).half(), layout))
+        records.append(pack_records(codes, scale.half(), zero.half(), layout))
         matrices[mine] = dequantize_records(records[-1], layout).double()
     return RecordBank.build(records, layouts, where), matrices
 
@@ -126,8 +135,9 @@ def random_factors(rows: int, columns: int, case: Case, sides: int, seed: int) -
 
     ranks = [case.ranks[e % len(case.ranks)] for e in range(case.experts)]
     most, widths = sides * max(rank or 0 for rank in ranks), [case.factor_bits if rank else None for rank in ranks]
-    v, v_matrices = random_bank(most, columns, widths, 64, [sides * (rank or 0) for rank in ranks], seed)
-    u, u_matrices = random_bank(rows, most, widths, 64, [None] * case.experts, seed + 1)
+    live = [sides * (rank or 0) for rank in ranks]
+    v, v_matrices = random_bank(most, columns, widths, 64, live, seed, of_factors=True)
+    u, u_matrices = random_bank(rows, most, widths, 64, [None] * case.experts, seed + 1, of_factors=True)
     return Factors(v, u), u_matrices @ v_matrices
 
 

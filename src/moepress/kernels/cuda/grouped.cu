@@ -30,7 +30,7 @@ struct Compensators {
     // tiles of 8 tokens
     const Expert* v;  // as u, rows of t by k
     u16* t;           // [pairs or tokens, columns] in the order of `t_place`
-    int* done;        // [token tiles] warps that have stored their part of t; zeros before
+    int* done;        // row blocks of t that are stored, of all tokens' tiles; 0 before
     int v_row_blocks;
 };
 
@@ -68,13 +68,12 @@ struct alignas(16) Work {
     int expert;  // -1: no more
     int token, tokens, row_block;
     int split;   // PLAIN; of v: 1
-    int tile;    // of all experts' token tiles
-    int bits, centre;
+    int bits, centre, unused;
 
     // Known to the compiler to be the same for the whole warp, and with it the stage, of which it makes descriptors.
     __device__ __forceinline__ Work uniform() const {
         auto first = [](int x) { return __shfl_sync(~0u, x, 0); };
-        return {first(expert), first(token), first(tokens), first(row_block), first(split), first(tile), first(bits), first(centre)};
+        return {first(expert), first(token), first(tokens), first(row_block), first(split), first(bits), first(centre)};
     }
 
     template <int MODE> __device__ int first_record(const Arguments& p) const {
@@ -103,7 +102,7 @@ template <int NT, int TILE_BLOCKS, int MODE> struct Schedule {
         if (!of_v) index -= token_tiles * v_row_tiles;
         if constexpr (MODE == DENSE) {
             const int tile = index % token_tiles, start = share(all_tokens, tile, token_tiles);
-            return {0, start, share(all_tokens, tile + 1, token_tiles) - start, index / token_tiles * TILE_BLOCKS, of_v, tile};
+            return {0, start, share(all_tokens, tile + 1, token_tiles) - start, index / token_tiles * TILE_BLOCKS, of_v};
         }
         int low = 0, high = num_experts;  // the last expert whose tiles begin at or before this one
         while (high - low > 1) {
@@ -114,7 +113,7 @@ template <int NT, int TILE_BLOCKS, int MODE> struct Schedule {
         const int all = first[low + 1] - first[low], start = share(all, tile, own);
         const int row = rest / own;
         return {low, first[low] + start, share(all, tile + 1, own) - start, (MODE == PLAIN ? row / splits : row) * TILE_BLOCKS,
-                MODE == PLAIN ? row % splits : of_v, tiles[low] + tile};
+                MODE == PLAIN ? row % splits : of_v};
     }
     // Where the i-th of n shares begins.
     static __device__ int share(int all, int i, int n) { return int((u64)all * i / n); }
@@ -249,7 +248,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], u32 stages_a
 template <typename C, int B, int U, int G, int SEGMENTS, int WGS, int KW>
 __device__ __forceinline__ void accumulate_bytes(float (&acc)[1][4], u32 stages_at, u32 stage_bytes, u32 sums_at, u32 bars,
                                                  int stages, int& stage, u32& phase, int records, int wg, int kw, int lane,
-                                                 int warp) {
+                                                 int warp, bool live) {
     constexpr int M = Record<U, G>::GROUPS, TOKENS = 8;
     constexpr u32 SIZE = Record<U, G>::bytes(B);
     const int g = lane / 4, t = lane % 4;
@@ -262,7 +261,7 @@ __device__ __forceinline__ void accumulate_bytes(float (&acc)[1][4], u32 stages_
         const u32 at = stages_at + stage * stage_bytes;
 #pragma unroll
         for (int s = 0; s < STEP; ++s) {
-            if (record + kw * STEP + s >= records) break;
+            if (!live || record + kw * STEP + s >= records) break;
             const u32 x = at + (kw * STEP + s) * U * TOKENS * 128;
             const u32 w = at + C::X_BYTES + ((wg * KW * STEP + kw * STEP + s) * 4 + warp) * SIZE;
             const u32 sums = at + sums_at + ((kw * STEP + s) * TOKENS + 2 * t) * C::SUM_BYTES;
@@ -346,34 +345,50 @@ __device__ __forceinline__ void load_u(FactorUnit<FB>& unit, const Compensators&
     unit.template load<FU>(u + record * Record<FU, UNIT>::bytes(FB), i % FU, lane);
 }
 
-// y += u t for a row block and a tile of 8 tokens. `unit` is u's first: it was asked for before W's products.
-template <int FB, int FU, bool BF16>
-__device__ __forceinline__ void add_compensator(float (&y)[4], FactorUnit<FB>& unit, const Compensators& f, const Work& work,
-                                                const u8* u, int row_block, int lane) {
-    const u16* row = lane / 4 < work.tokens ? f.t + (u64)(work.token + lane / 4) * f.columns : nullptr;
-    for (int i = 0; i < (f.columns + UNIT - 1) / UNIT; ++i) {
-        u32 a[16], b[8];
-        float c[4];
-        if (i > 0) load_u<FB, FU>(unit, f, u, i, row_block, lane);
-        load_t(b, row, i, f.columns, lane);
-        unit.template operands<BF16>(a);
-        multiply_unit<BF16>(c, a, b);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) y[e] = fmaf(unit.scale(e / 2), c[e], y[e]);
-    }
-}
+// u t for a row block and a tile of 8 tokens. What a first unit takes is asked for before W's products: one trip to memory a
+// tile was 5 % of Mixtral's time at 8 tokens.
+template <int FB, int FU, bool BF16> struct Compensator {
+    FactorUnit<FB> unit;
+    u32 t[8];
+    const u8* u;     // of the expert; null: none
+    const u16* row;  // of t
+    int row_block;
 
-// The same for wide tiles: t's units are stages of their own, after those of x.
-template <typename C, int FB, int FU, bool BF16, int N, int MI, int WGS>
-__device__ __forceinline__ void accumulate_t(float (&acc)[MI][N / 2], const Compensators& f, const u8* u, int row_block,
-                                             u32 stages_at, u32 stage_bytes, u32 bars, int stages, int& stage, u32& phase, int wg,
-                                             int kw, int lane, int warp) {
+    __device__ __forceinline__ void load_unit(const Compensators& f, int i, int lane) {
+        load_u<FB, FU>(unit, f, u, i, row_block, lane);
+    }
+    __device__ __forceinline__ void load_row(const Compensators& f, int i, int lane) { load_t(t, row, i, f.columns, lane); }
+
+    __device__ __forceinline__ void begin(const Compensators& f, const Work& work, int row_block, bool t_is_there, int lane) {
+        u = f.u[work.expert].records;
+        if (!u) return;
+        this->row_block = row_block, row = lane / 4 < work.tokens ? f.t + (u64)(work.token + lane / 4) * f.columns : nullptr;
+        load_unit(f, 0, lane);
+        if (t_is_there) load_row(f, 0, lane);
+    }
+    __device__ __forceinline__ void add(float (&y)[4], const Compensators& f, int lane) {
+        for (int i = 0; i < (f.columns + UNIT - 1) / UNIT; ++i) {
+            u32 a[16];
+            float c[4];
+            if (i > 0) load_unit(f, i, lane), load_row(f, i, lane);
+            unit.template operands<BF16>(a);
+            multiply_unit<BF16>(c, a, t);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) y[e] = fmaf(unit.scale(e / 2), c[e], y[e]);
+        }
+    }
+};
+
+// The same for wide tiles: t's units are stages of their own, after those of x; u's first has been asked for.
+template <int FB, int FU, bool BF16, int N, int MI>
+__device__ __forceinline__ void accumulate_t(float (&acc)[MI][N / 2], FactorUnit<FB> (&unit)[MI], const Compensators& f,
+                                             const u8* u, int row_block, u32 stages_at, u32 stage_bytes, u32 bars, int stages,
+                                             int& stage, u32& phase, int kw, int lane) {
     using H = Half<BF16>;
     for (int i = 0; i < (f.columns + UNIT - 1) / UNIT; ++i) {
-        FactorUnit<FB> unit[MI];
-        if (kw == 0)
+        if (kw == 0 && i > 0)
 #pragma unroll
-            for (int mi = 0; mi < MI; ++mi) load_u<FB, FU>(unit[mi], f, u, i, row_block + (wg * MI + mi) * 4 + warp, lane);
+            for (int mi = 0; mi < MI; ++mi) load_u<FB, FU>(unit[mi], f, u, i, row_block + 4 * mi, lane);
         mbarrier_wait(bars + 16 * stage, phase);
         if (kw == 0) {
             const u32 tile = swizzled_tile(stages_at + stage * stage_bytes);
@@ -407,9 +422,9 @@ __device__ __forceinline__ void store_t(const Compensators& f, const Work& work,
             f.t[(u64)(work.token + token) * f.columns + t_place(column, f.columns)] = round16<BF16>(acc[e]);
     }
     __syncwarp();
-    if (lane == 0) {
+    if (lane == 0 && row_block < f.v_row_blocks) {
         __threadfence();
-        atomicAdd(f.done + work.tile, 1);
+        atomicAdd(f.done, 1);
     }
 }
 
@@ -541,7 +556,10 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
         Work work = schedule.at(index);
         const bool of_v = C::MULTIPLIES_V && work.split;
         const Expert e = of_v ? p.add.v[work.expert] : p.bank.expert(work.expert);
-        if (of_v && !e.records) continue;
+        if (of_v && !e.records) {
+            if (lane == 0) atomicAdd(p.add.done, min(4 * WGS, p.add.v_row_blocks - work.row_block));
+            continue;
+        }
         work.bits = e.word_bits, work.centre = e.centre;
         const u32 size = of_v ? Record<U, UNIT>::bytes(FB) : Record<U, G>::bytes(B ? B : e.word_bits);
         const int groups = min(MI * WGS, ((of_v ? p.add.v_row_blocks : p.row_blocks) - work.row_block + 3) / 4);
@@ -565,7 +583,7 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
             if (++stage == p.stages) stage = 0, phase ^= 1;
         }
         if constexpr (FB > 0 && !C::BYTES) {
-            const int units = p.add.u && p.add.u[work.expert].records ? (p.add.columns + UNIT - 1) / UNIT : 0;
+            const int units = p.add.u[work.expert].records ? (p.add.columns + UNIT - 1) / UNIT : 0;
             for (int unit = 0; unit < units; ++unit) {
                 const u32 full = bars + 16 * stage;
                 mbarrier_wait(full + 8, phase);
@@ -655,6 +673,7 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
         int stage = 0;
         u32 phase = 0;
         int turn = 0;
+        bool t_is_there = false;
         for (;; turn ^= 1) {
             mbarrier_wait(bars + 16 * stage, phase);
             const Work work = works[stage].uniform();
@@ -666,19 +685,20 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
 #define WHERE acc, ring, STAGE, bars, p.stages, stage, phase, records, wg, kw, lane, warp
 #define BYTES(...)                                                                                                          \
     accumulate_bytes<C, __VA_ARGS__, Record<U, G>::SEGMENTS, WGS, KW>(acc, ring, STAGE, C::sums_at(MAX_B), bars, p.stages,   \
-                                                                      stage, phase, records, wg, kw, lane, warp)
+                                                                      stage, phase, records, wg, kw, lane, warp, live)
+            const int row_block = work.row_block + wg * MI * 4 + warp;  // of this warp and its first row tile
+            const bool live = work.row_block + wg * 4 < (C::MULTIPLIES_V && work.split ? p.add.v_row_blocks : p.row_blocks);
             if constexpr (C::MULTIPLIES_V)
                 if (work.split) {
                     float acc[1][NT / 2] = {};
                     BYTES(FB, U, UNIT);
                     if constexpr (KW > 1) add_columns<NT, MI, WGS, KW, C::CONSUMERS>(acc, sums, wg, kw, thread);
-                    if (kw == 0) store_t<BF16>(p.add, work, work.row_block + wg * 4 + warp, acc[0], lane);
+                    if (kw == 0) store_t<BF16>(p.add, work, row_block, acc[0], lane);
                     continue;
                 }
-            const u8* u = FB && p.add.u ? p.add.u[work.expert].records : nullptr;
-            FactorUnit<FB ? FB : 1> unit;
+            Compensator<FB ? FB : 1, FU ? FU : 1, BF16> compensator;
             if constexpr (C::MULTIPLIES_V)
-                if (u && kw == 0) load_u<FB, FU>(unit, p.add, u, 0, work.row_block + wg * 4 + warp, lane);
+                if (kw == 0) compensator.begin(p.add, work, row_block, t_is_there, lane);
             uint4* octets = BYTES_NEXT && p.next.bytes ? all_octets[turn] : nullptr;
             // sums live and end inside: shared by both sizes they made the compiler wait for every product
             auto run = [&](auto size) {
@@ -688,6 +708,14 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
                 for (int mi = 0; mi < MI; ++mi)
 #pragma unroll
                     for (int i = 0; i < N / 2; ++i) acc[mi][i] = 0.f;
+                FactorUnit<FB ? FB : 1> units[MI];
+                const u8* u = nullptr;
+                if constexpr (FB > 0 && !C::BYTES) {
+                    u = p.add.u[work.expert].records;
+                    if (u && kw == 0)
+#pragma unroll
+                        for (int mi = 0; mi < MI; ++mi) load_u<FB, FU>(units[mi], p.add, u, 0, row_block + 4 * mi, lane);
+                }
                 if constexpr (!C::BYTES) {
                     accumulate<C, B, MAX_B, U, G, BF16, NT, N, MI, WGS, KW>(WHERE, bits, work.centre);
                 } else {
@@ -700,16 +728,20 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
                 }
                 if constexpr (FB > 0 && !C::BYTES)
                     if (u)
-                        accumulate_t<C, FB, FU, BF16, N, MI, WGS>(acc, p.add, u, work.row_block, ring, STAGE, bars, p.stages, stage,
-                                                                  phase, wg, kw, lane, warp);
+                        accumulate_t<FB, FU, BF16, N, MI>(acc, units, p.add, u, row_block, ring, STAGE, bars, p.stages, stage, phase, kw,
+                                                           lane);
                 if (has_column) columns[thread] = column;  // not before: they are still on their way
                 if constexpr (KW > 1) add_columns<N, MI, WGS, KW, C::CONSUMERS>(acc, sums, wg, kw, thread);
                 if (KW == 1 && MODE == DOWN) named_barrier(1, C::CONSUMERS);  // columns are there
                 if (kw > 0) return;
                 if constexpr (C::MULTIPLIES_V)
-                    if (u) {
-                        await_count(p.add.done + work.tile, 4 * WGS * schedule.v_row_tiles, lane);
-                        add_compensator<FB, FU, BF16>(acc[0], unit, p.add, work, u, work.row_block + wg * 4 + warp, lane);
+                    if (compensator.u) {
+                        if (!t_is_there) {
+                            await_count(p.add.done, schedule.token_tiles * p.add.v_row_blocks, lane);
+                            t_is_there = true;
+                            compensator.load_row(p.add, 0, lane);
+                        }
+                        compensator.add(acc[0], p.add, lane);
                     }
 #pragma unroll
                 for (int mi = 0; mi < MI; ++mi) {

@@ -115,7 +115,7 @@ class Added(NamedTuple):
     t: torch.Tensor
     """v x [P, columns of u's records]; where tiles have 8 tokens still to be made, [P, rows of v] by `t_place`."""
     done: torch.Tensor | None
-    """int32 zeros for each token tile; None: t is there."""
+    """int32, a zero that counts what is done of t; None: t is there."""
 
 
 class Next(NamedTuple):
@@ -142,10 +142,7 @@ def run_many(
         find_tile(x, bank, half, choose.expert_tiles(bank.shape, each), factors and factors.ranks)
         for half, bank, factors in zip(HALVES, (gate_up, down), (gate_up_factors, down_factors), strict=True)
     )
-    # a counter of each half's token tiles, if tiles have 8 tokens
-    counters = None
-    if (gate_up_factors or down_factors) and (up_tile.takes_bytes or tile.takes_bytes):
-        counters = torch.empty(2, len(gate_up.where) + pairs // 8, dtype=torch.int32, device=x.device)
+    counters = torch.empty(2, dtype=torch.int32, device=x.device) if gate_up_factors or down_factors else None
     bytes_up = up_tile.takes_bytes
     rows, route = sort_rows(x, ids, weights, gate_up, plain=not bytes_up, in_bytes=bytes_up, zeros=counters)
     made = choose.passes_bytes(up_tile, gate_up.shape, tile, down.shape)
@@ -160,7 +157,7 @@ def run_many(
 
     if tile.takes_bytes and not made:
         h = prepare(h.plain, down, pairs, plain=False, in_bytes=True, count=route.count)
-    added = compensate(h, tile, down_factors, route, counters if counters is None else counters[1])
+    added = compensate(h, tile, down_factors, route, None if counters is None else counters[1:])
     parts = x.new_empty(pairs, x.shape[1])
     operands = h, parts, down, x.shape[1], tokens
     grouped("DOWN", tile, stages, *operands, route=route, added=added)

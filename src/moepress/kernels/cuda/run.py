@@ -94,7 +94,7 @@ def linear(
     tile, stages = find_tile(x, bank, "DENSE", tiles, factors and factors.ranks)
     rows, done = Rows(x, None, None), None
     if tile.takes_bytes:
-        done = torch.empty(-(-len(x) // tile.tokens), dtype=torch.int32, device=x.device) if factors else None
+        done = torch.empty(1, dtype=torch.int32, device=x.device) if factors else None
         rows = prepare(x, bank, len(x), plain=False, in_bytes=True, zeros=done)
     added = compensate(rows, tile, factors, done=done)
     grouped("DENSE", tile, stages, rows, y, bank, out_features, len(x), bias=bias, added=added)
