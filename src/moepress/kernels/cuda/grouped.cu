@@ -207,14 +207,13 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], u32 stages_a
     const u32 size = Record<U, G>::bytes(B ? B : bits);
     for (int record = 0; record < records; record += KW * STEP) {
         mbarrier_wait(bars + 16 * stage, phase);
-        const int own = records - record - kw * STEP;
-        if (own > 0) {
+        if (record + kw * STEP < records) {
             const u32 at = stages_at + stage * stage_bytes, w = at + C::X_BYTES, tile = swizzled_tile(at + kw * 4 * N * 128);
             u32 words[MI][U * MAX_B];
 #pragma unroll
             for (int unit = 0; unit < 4; ++unit) {
                 const int s = unit / U, u = unit % U;
-                if (s > 0 && s >= own) break;
+                if (s > 0 && record + kw * STEP + s >= records) break;
 #pragma unroll
                 for (int mi = 0; mi < MI; ++mi) {
                     u32(&operand)[16] = a[(unit * MI + mi) % 2];
