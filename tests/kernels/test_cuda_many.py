@@ -212,11 +212,11 @@ def test_against_float64(case: Case) -> None:
 @pytest.mark.parametrize("tokens", [9, 180])
 def test_short_cuts_change_no_bit(case: Case, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Placing rows without a sort, and bytes of the intermediate made where it is."""
-    from moepress.kernels.cuda import choose, many
+    from moepress.kernels.cuda import choose, rows
 
     layer, given = make(case), inputs(case, tokens, nobody=0.1)
     y = run(case, layer, *given)
-    monkeypatch.setattr(many, "PLACE_PAIRS", 0)
+    monkeypatch.setattr(rows, "PLACE_PAIRS", 0)
     assert torch.equal(run(case, layer, *given), y)
     monkeypatch.setattr(choose.Tile, "makes_bytes", False)
     assert torch.equal(run(case, layer, *given), y)
@@ -225,15 +225,16 @@ def test_short_cuts_change_no_bit(case: Case, tokens: int, monkeypatch: pytest.M
 @pytest.mark.parametrize("pairs", [1, 31, 257, 2048])
 @pytest.mark.parametrize("experts", [1, 8, 127, 512])
 def test_places_are_those_of_a_stable_sort(pairs: int, experts: int) -> None:
-    from moepress.kernels.cuda import many
+    from moepress.kernels.cuda.bank import RecordBank
+    from moepress.kernels.cuda.rows import sort_rows
 
     bank, _ = random_bank(64, 72, [3], 32, [None], 0)
-    bank = many.RecordBank(bank.records, bank.layouts, (None,) * experts, bank.table)
+    bank = RecordBank(bank.records, bank.layouts, (None,) * experts, bank.table)
     generator = torch.Generator().manual_seed(pairs)
     ids = torch.randint(-1, experts + 1, (pairs, 1), generator=generator).cuda()
     x = torch.randn(pairs, 72, generator=generator).to("cuda", torch.bfloat16)
     weights = torch.rand(pairs, 1, generator=generator).cuda()
-    rows, route = many.sort_rows(x, ids, weights, bank, plain=True, in_bytes=True)
+    rows, route = sort_rows(x, ids, weights, bank, plain=True, in_bytes=True)
     runs = (ids[:, 0] >= 0) & (ids[:, 0] < experts)
     order = torch.where(runs, ids[:, 0], experts).sort(stable=True).indices[: runs.sum()]
     assert torch.equal(route.pairs[: len(order)].long(), order)

@@ -26,7 +26,7 @@ from moepress.kernels.cuda.compiler import warm as compile_all
 from moepress.kernels.cuda.few import few_experts, few_linear, gemv_instance
 from moepress.kernels.cuda.functions import processors_of, shared_bytes_of
 from moepress.kernels.cuda.launch import architecture
-from moepress.kernels.cuda.many import Rows, compensate, dense_instances, find_tile, grouped, prepare, run_many
+from moepress.kernels.cuda.many import dense_instances, many_linear, run_many
 from moepress.kernels.cuda.many import instances as many_instances
 from moepress.kernels.records import RecordLayout
 
@@ -87,17 +87,7 @@ def linear(
     y = x.new_empty(len(x), out_features)
     if len(x) == 1 and few_linear(x, y, bank, bias, factors):
         return y
-    columns = bank.layouts[0].padded_columns
-    if columns != x.shape[1]:
-        x = torch.nn.functional.pad(x, (0, columns - x.shape[1]))
-    tiles = choose.dense_tiles(bank.shape, len(x), processors_of(x.device.index))
-    tile, stages = find_tile(x, bank, "DENSE", tiles, factors and factors.ranks)
-    rows, done = Rows(x, None, None), None
-    if tile.takes_bytes:
-        done = torch.empty(1, dtype=torch.int32, device=x.device) if factors else None
-        rows = prepare(x, bank, len(x), plain=False, in_bytes=True, zeros=done)
-    added = compensate(rows, tile, factors, done=done)
-    grouped("DENSE", tile, stages, rows, y, bank, out_features, len(x), bias=bias, added=added)
+    many_linear(x, y, bank, bias, factors)
     return y
 
 

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches `grouped`: one product of rows with the matrices of their experts, or with a dense layer's.
+
+Legend: M or T tokens, k experts a token, P = T k pairs, E experts, H hidden and I intermediate channels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from moepress.errors import KernelError
+from moepress.kernels.cuda import choose
+from moepress.kernels.cuda.bank import BankArgument, Factors, RecordBank, structure
+from moepress.kernels.cuda.functions import address, find_kernel, is_bf16, processors_of, shared_bytes_of
+from moepress.kernels.cuda.rows import Route, Rows
+from moepress.kernels.cuda.tensor_map import map_rows, map_sums
+
+_Next = structure("_Next", "bytes sums", "", "units record_units segments floats")
+_Sizes = structure("_Sizes", "", "", "tokens slots num_experts n ld records row_blocks stages splits split_records")
+
+
+class _Compensators(ctypes.Structure):
+    _fields_ = (
+        ("u", ctypes.c_void_p), ("u_records", ctypes.c_int), ("columns", ctypes.c_int), ("v", ctypes.c_void_p),
+        ("t", ctypes.c_void_p), ("done", ctypes.c_void_p), ("v_row_blocks", ctypes.c_int),
+    )  # fmt: skip
+
+
+class _Grouped(ctypes.Structure):
+    _fields_ = (
+        ("y", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("bank", BankArgument), ("first", ctypes.c_void_p),
+        ("pairs", ctypes.c_void_p), ("weights", ctypes.c_void_p), ("add", _Compensators), ("next", _Next),
+        ("sizes", _Sizes),
+    )  # fmt: skip
+
+
+class Added(NamedTuple):
+    """What a product adds for its compensators: u t."""
+
+    factors: Factors
+    t: torch.Tensor
+    """v x [P, columns of u's records]; where tiles have 8 tokens still to be made, [P, rows of v] by `t_place`."""
+    done: torch.Tensor | None
+    """int32, a zero that counts what is done of t; None: t is there."""
+
+
+class Next(NamedTuple):
+    """Where a product's results go as bytes, and the matrices that multiply these next."""
+
+    rows: Rows
+    bank: RecordBank
+
+
+def grouped(
+    mode: choose.Mode,
+    tile: choose.Tile,
+    stages: int,
+    rows: Rows,
+    y: torch.Tensor | None,
+    bank: RecordBank,
+    columns: int,
+    tokens: int,
+    *,
+    ld: int | None = None,
+    bias: torch.Tensor | None = None,
+    route: Route | None = None,
+    added: Added | None = None,
+    then: Next | None = None,
+    splits: tuple[int, int] = (1, 0),
+) -> None:
+    """One product into y [.., ld], of which `columns` are real; without y into the bytes of `then` alone."""
+    x = rows.bytes if tile.takes_bytes else rows.plain
+    assert x is not None, f"{mode} takes {'bytes' if tile.takes_bytes else '16 bits'}, which nobody has made"
+    device, shape, layout = x.device.index, bank.shape, bank.shape.any
+    ranks = added and added.factors.ranks
+    function, _ = find_kernel("grouped.cu", grouped_instance(mode, shape, x.dtype, tile, ranks), device)
+    first, pairs, weights, slots = route or (None, None, None, 1)
+    arguments = _Grouped(
+        address(y), address(bias), bank.argument, address(first), address(pairs), address(weights),
+        _compensators(added), _next(then),
+        _Sizes(
+            tokens, slots, len(bank.where), columns, ld if ld is not None else y.shape[1],
+            layout.records_per_row_block, shape.row_blocks, stages, *splits,
+        ),
+    )  # fmt: skip
+    x_map, other_map = (map_rows(x, each, 4 * tile.column_groups) for each in (tile.tokens, tile.narrow))
+    if tile.takes_bytes:
+        other_map = map_sums(rows.sums, tile.tokens, tile.column_groups * shape.step)
+    t_map = map_rows(added.t, tile.tokens, 1) if added and not tile.takes_bytes else x_map  # x_map: nobody reads it
+    shared = stages * tile.stage_bytes(shape, ranks) + choose.RESERVED
+    function.launch(
+        tile.blocks * processors_of(device), tile.threads, shared, (arguments, x_map, other_map, t_map),
+        programmatic=True,
+    )  # fmt: skip
+
+
+def _compensators(added: Added | None) -> _Compensators:
+    if added is None:
+        return _Compensators()
+    (v, u), t, done = added
+    given = v.table.data_ptr(), t.data_ptr(), address(done)
+    return _Compensators(u.table.data_ptr(), u.layouts[0].records_per_row_block, t.shape[1], *given, v.shape.row_blocks)
+
+
+def _next(then: Next | None) -> ctypes.Structure:
+    if then is None:
+        return _Next()
+    (_, in_bytes, sums), shape, layout = then.rows, then.bank.shape, then.bank.shape.any
+    sizes = layout.padded_columns // 64, layout.units, shape.segments, shape.record_sums
+    return _Next(address(in_bytes), address(sums), *sizes)
+
+
+def find_tile(
+    x: torch.Tensor,
+    bank: RecordBank,
+    mode: choose.Mode,
+    tiles: Sequence[choose.Tile],
+    ranks: choose.Ranks | None = None,
+) -> tuple[choose.Tile, int]:
+    """The first tile whose ring of two stages or more fits beside the kernel's own shared memory."""
+    device = x.device.index
+    for tile in tiles:
+        _, static = find_kernel("grouped.cu", grouped_instance(mode, bank.shape, x.dtype, tile, ranks), device)
+        if (stages := tile.stages(bank.shape, shared_bytes_of(device) // tile.blocks - static, ranks)) >= 2:
+            return tile, stages
+    raise KernelError(f"no tile of {bank.shape.any} fits into {shared_bytes_of(device)} bytes of shared memory")
+
+
+def grouped_instance(
+    mode: choose.Mode, bank: choose.Bank, dtype: torch.dtype, tile: choose.Tile, ranks: choose.Ranks | None = None
+) -> str:
+    factors = f"{ranks.bits}, {ranks.units}" if ranks else "0, 0"
+    return f"grouped<{bank.template}, {is_bf16(dtype)}, {tile.tokens}, {mode}, {tile.template}, {factors}>"

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches what surrounds `grouped` (route.cu): activations in the order of their experts, and the sum over a token's.
+
+Legend: M or T tokens, k experts a token, P = T k pairs, E experts, H hidden and I intermediate channels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+
+from moepress.kernels.cuda import choose
+from moepress.kernels.cuda.bank import RecordBank, structure
+from moepress.kernels.cuda.functions import address, find_function, is_bf16, processors_of
+
+PLACE_PAIRS, PLACE_SLOTS, PLACE_WARPS = 8192, 32, 8
+"""Pairs and slots up to which `place_rows` does without a sort, and warps of its blocks; as in route.cu."""
+_Sort = structure("_Sort", "ids weights first sorted sorted_weights", "", "ids_wide weight_type count num_experts")
+_WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_RowsOut = structure("_RowsOut", "rows bytes sums zeros", "", "count units record_units sum_floats zero_count")
+_Combine = structure("_Combine", "parts y ids", "", "ids_wide slots num_experts n tokens")
+
+
+class _Prepare(ctypes.Structure):
+    _fields_ = (
+        ("x", ctypes.c_void_p), ("out", _RowsOut), ("pairs", ctypes.c_void_p), ("count", ctypes.c_void_p),
+        ("rows", ctypes.c_int), ("k", ctypes.c_int), ("slots", ctypes.c_int),
+    )  # fmt: skip
+
+
+class _Place(ctypes.Structure):
+    _fields_ = (
+        ("x", ctypes.c_void_p), ("ids", ctypes.c_void_p), ("weights", ctypes.c_void_p), ("first", ctypes.c_void_p),
+        ("pairs", ctypes.c_void_p), ("sorted_weights", ctypes.c_void_p), ("out", _RowsOut), ("ids_wide", ctypes.c_int),
+        ("weight_type", ctypes.c_int), ("tokens", ctypes.c_int), ("slots", ctypes.c_int),
+        ("num_experts", ctypes.c_int), ("k", ctypes.c_int),
+    )  # fmt: skip
+
+
+class Rows(NamedTuple):
+    """Activations as a product takes them: P rows of K columns, in 16 bits, as bytes, or both."""
+
+    plain: torch.Tensor | None
+    """[P, K]."""
+    bytes: torch.Tensor | None
+    """As many bytes in another order (bytes.cuh), in a tensor of the same shape and dtype."""
+    sums: torch.Tensor | None
+    """With bytes: scales and sums of their segments, float32 [records, P, floats]."""
+
+    @classmethod
+    def empty(cls, x: torch.Tensor, rows: int, bank: RecordBank, *, plain: bool, in_bytes: bool) -> Rows:
+        """For products with `bank`'s matrices; `x` gives dtype and device."""
+        layout, shape = bank.shape.any, (rows, bank.shape.any.padded_columns)
+        size = layout.records_per_row_block, rows, bank.shape.record_sums
+        return cls(
+            x.new_empty(shape) if plain else None,
+            x.new_empty(shape) if in_bytes else None,
+            torch.empty(size, dtype=torch.float32, device=x.device) if in_bytes else None,
+        )
+
+    def argument(self, bank: RecordBank, zeros: torch.Tensor | None = None) -> _RowsOut:
+        """`zeros`, int32, are set to 0 by the kernel that makes the rows."""
+        layout = bank.shape.any
+        count = next(len(each) for each in self if each is not None) if self.bytes is None else len(self.bytes)
+        units = layout.records_per_row_block * layout.units
+        sizes = count, units, layout.units, bank.shape.record_sums, 0 if zeros is None else zeros.numel()
+        return _RowsOut(*map(address, (*self, zeros)), *sizes)
+
+
+class Route(NamedTuple):
+    """The pairs of token and slot in the order of their experts, those without an expert left out."""
+
+    first: torch.Tensor
+    """int32 [E + 1]: the first pair of each expert, and how many pairs there are."""
+    pairs: torch.Tensor
+    """int32 [P]: token * slots + slot."""
+    weights: torch.Tensor
+    """float32 [P], in the same order."""
+    slots: int
+
+    @property
+    def count(self) -> torch.Tensor:
+        return self.first[-1:]
+
+
+def sort_rows(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    bank: RecordBank,
+    *,
+    plain: bool,
+    in_bytes: bool,
+    zeros: torch.Tensor | None = None,
+) -> tuple[Rows, Route]:
+    """x's rows in the order of their experts, padded to whole records, in 16 bits and as bytes as asked.
+
+    `zeros`, int32, are set to 0 on the way.
+    """
+    (tokens, slots), experts, device = ids.shape, len(bank.where), x.device.index
+    pairs, types = tokens * slots, (int(ids.dtype == torch.int64), _WEIGHT_TYPES[weights.dtype])
+    first, order = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (experts + 1, pairs))
+    route = Route(first, order, torch.empty(pairs, dtype=torch.float32, device=x.device), slots)
+    given = ids.data_ptr(), weights.data_ptr()
+    made = tuple(each.data_ptr() for each in route[:3])
+    if pairs > PLACE_PAIRS or slots > PLACE_SLOTS:
+        sort = _Sort(*given, *made, *types, pairs, experts)
+        find_function("route.cu", "sort_pairs", device).launch(
+            1, 1024, 132 * experts + 2 * pairs, (sort,), programmatic=True
+        )
+        kinds = {"plain": plain, "in_bytes": in_bytes, "zeros": zeros}
+        return prepare(x, bank, pairs, **kinds, route=route, count=route.count), route
+
+    rows = Rows.empty(x, pairs, bank, plain=plain, in_bytes=in_bytes)
+    place = _Place(x.data_ptr(), *given, *made, rows.argument(bank, zeros), *types, tokens, slots, experts, x.shape[1])
+    # a block has 256 octets of a token's columns, and a warp an expert's first pair
+    units = bank.shape.any.padded_columns // 64
+    blocks = max(tokens * -(-units // 32), -(-(experts + 1) // PLACE_WARPS))
+    find_function("route.cu", rows_instance("place_rows", bank.shape, x.dtype), device).launch(
+        min(8 * processors_of(device), blocks), 32 * PLACE_WARPS, 0, (place,), programmatic=True
+    )
+    return rows, route
+
+
+def prepare(
+    x: torch.Tensor,
+    bank: RecordBank,
+    rows: int,
+    *,
+    plain: bool,
+    in_bytes: bool,
+    route: Route | None = None,
+    count: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+) -> Rows:
+    """x's rows as asked, in a route's order if there is one; the first `count` rows. `zeros`, int32, are set to 0."""
+    made = Rows.empty(x, rows, bank, plain=plain, in_bytes=in_bytes)
+    _, pairs, _, slots = route or (None, None, None, 1)
+    arguments = _Prepare(
+        x.data_ptr(), made.argument(bank, zeros), address(pairs), address(count), rows, x.shape[1], slots
+    )
+    blocks = min(8 * processors_of(x.device.index), -(-rows * bank.shape.any.padded_columns // (8 * 256)))
+    find_function("route.cu", rows_instance("prepare_rows", bank.shape, x.dtype), x.device.index).launch(
+        blocks, 256, 0, (arguments,), programmatic=True
+    )
+    return made
+
+
+def combine(parts: torch.Tensor, ids: torch.Tensor | None, experts: int, y: torch.Tensor) -> None:
+    """parts [T k, H] -> y [T, H], the sum over a token's slots that ran, without ids all of them."""
+    (tokens, n), slots, device = y.shape, len(parts) // len(y), y.device.index
+    wide = int(ids is not None and ids.dtype == torch.int64)
+    arguments = _Combine(parts.data_ptr(), y.data_ptr(), address(ids), wide, slots, experts, n, tokens)
+    blocks = min(8 * processors_of(device), -(-tokens * n // (8 * 256)))
+    find_function("route.cu", f"combine<{is_bf16(y)}>", device).launch(blocks, 256, 0, (arguments,), programmatic=True)
+
+
+def rows_instance(kernel: str, bank: choose.Bank, dtype: torch.dtype) -> str:
+    """`prepare_rows` or `place_rows`."""
+    return f"{kernel}<{bank.any.group_size}, {is_bf16(dtype)}>"
