@@ -29,8 +29,8 @@ RESERVED = 1024
 """Shared bytes that the system keeps of each block, and those lost to aligning the ring of `grouped`."""
 HOPPER, STATIC = 227 << 10, 40 << 10
 """Shared bytes that a block can have, and more than any kernel declares for itself."""
-DENSE_ROOM = HOPPER - (12 << 10)
-"""Those that are left in a dense layer's wide tiles; they declare 10 KB for themselves."""
+WIDE_STAGES = HOPPER - RESERVED - (12 << 10)
+"""Those that the ring of a dense layer's wide tiles can have; they declare 10 KB for themselves."""
 
 
 @dataclass(frozen=True)
@@ -156,16 +156,6 @@ def gemv_room(mode: Mode, bank: Bank, ranks: Ranks | None, tokens: int, slots: i
 
 
 @dataclass(frozen=True)
-class Ring:
-    """What `grouped` has under way in shared memory."""
-
-    stages: int
-    x_slots: int
-    """Of 64 columns of x, where they are apart from the records."""
-    num_bytes: int
-
-
-@dataclass(frozen=True)
 class Tile:
     """How `grouped` cuts a problem: tokens a tile, row tiles of 64 a warpgroup, warpgroups along rows and columns."""
 
@@ -206,34 +196,17 @@ class Tile:
         return f"{self.row_tiles}, {self.row_groups}, {self.column_groups}, {self.blocks}"
 
     def stage_bytes(self, bank: Bank, ranks: Ranks | None = None) -> int:
-        """Shared bytes of one stage of records, and of x where it is not apart, as `Config` in grouped.cu has it."""
+        """Shared bytes of one stage of the ring, as `Config` in grouped.cu has it."""
         columns, records = self.column_groups, self.column_groups * bank.step
         record = max(bank.record_bytes, ranks.v_record_bytes if ranks and self.takes_bytes else 0)
-        used = (0 if self.has_x_apart else 4 * columns * self.slot_bytes) + records * self.row_blocks * record
+        used = columns * 4 * 128 * self.tokens + records * self.row_blocks * record
         if self.takes_bytes:
             used = _up(used, 128) + 4 * records * self.tokens * bank.record_sums
         return _up(used, 1024)
 
-    @property
-    def has_x_apart(self) -> bool:
-        return self.row_tiles > 1
-
-    @property
-    def slot_bytes(self) -> int:
-        """Of 64 columns of the tile's tokens."""
-        return 128 * self.tokens
-
-    def ring(self, bank: Bank, available: int, ranks: Ranks | None = None) -> Ring | None:
-        """What fits where a block's share of shared memory is `available` bytes; None: the tile cannot run."""
-        room, stage = available - RESERVED, self.stage_bytes(bank, ranks)
-        if not self.has_x_apart:
-            stages = min(8, room // stage)
-            return Ring(stages, 0, stages * stage) if stages >= 2 else None
-        for stages, least in ((3, 9), (2, 3)):  # a stage is four slots, and one is read while the next is waited for
-            slots = min(16, (room - stages * stage) // self.slot_bytes)
-            if slots >= least:
-                return Ring(stages, slots, stages * stage + slots * self.slot_bytes)
-        return None
+    def stages(self, bank: Bank, available: int, ranks: Ranks | None = None) -> int:
+        """Stages that fit where a block's share of shared memory is `available` bytes; below 2 the tile cannot run."""
+        return min(8, (available - RESERVED) // self.stage_bytes(bank, ranks))
 
 
 def passes_bytes(up_tile: Tile, gate_up: Bank, tile: Tile, down: Bank) -> bool:
@@ -269,7 +242,7 @@ def factor_tiles(bank: Bank, tokens_each: float) -> Sequence[Tile]:
     tiles = [Tile(32, 1, 1, columns) for columns in (4, 2)]  # warpgroups for all columns: there are few tiles
     if tokens_each > 128:
         tiles.insert(0, Tile(64, 1, 1, 2))
-    roomy = (tile for tile in tiles if tile.ring(bank, HOPPER // tile.blocks - STATIC))
+    roomy = (tile for tile in tiles if 2 * tile.stage_bytes(bank) <= HOPPER // tile.blocks - STATIC - RESERVED)
     return next(roomy), Tile(32, 1, 1, 1), Tile(8, 2, 1, 1)
 
 
@@ -294,7 +267,7 @@ def dense_tiles(bank: Bank, tokens: int, processors: int) -> Sequence[Tile]:
     if tokens <= 8:
         best = Tile(8, 1, 2, 2) if bank.row_blocks >= 6 * processors else Tile(8, 1, 1, 4)
     elif tokens > 64 and -(-bank.row_blocks // 16) * -(-tokens // 128) >= 0.8 * processors:
-        wide = [tile for tile in (Tile(128, 2, 2, 1), Tile(152, 2, 2, 1)) if tile.ring(bank, DENSE_ROOM)]
+        wide = [tile for tile in (Tile(128, 2, 2, 1), Tile(152, 2, 2, 1)) if 2 * tile.stage_bytes(bank) <= WIDE_STAGES]
         best = min(wide, key=lambda tile: _time(tile, bank, tokens, processors)) if wide else Tile(64, 1, 1, 2)
     else:
         best = Tile(32, 1, 2, 2) if bank.row_blocks >= 6 * processors else Tile(32, 1, 1, 4)

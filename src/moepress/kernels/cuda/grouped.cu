@@ -49,7 +49,6 @@ struct Arguments {
     int records;            // of a row block
     int row_blocks;
     int stages;
-    int x_slots;            // of wide tiles
     int splits;             // PLAIN: parts of the columns, with a result each; else 1
     int split_records;      // of a part
 };
@@ -57,7 +56,7 @@ struct Arguments {
 constexpr int MAX_EXPERTS = 512;
 
 // Tensor maps of the activations, DENSE of the tokens, else of the sorted pairs: x as [units][rows][64] in boxes of
-// [KW * 4 (wide tiles: 1), NT or NARROW, 64] with 128-byte swizzle, and for tiles of 8 tokens the same of x's bytes, and their sums as
+// [KW * 4, NT or NARROW, 64] with 128-byte swizzle, and for tiles of 8 tokens the same of x's bytes, and their sums as
 // [records][rows][..] in boxes of [KW * 4 / U, NT, ..]. t, for wider tiles, as x in boxes of [1, NT, 64].
 struct alignas(64) TensorMap {
     u8 opaque[128];
@@ -187,119 +186,83 @@ template <int U, int G, int NT, int MI, int WGS, int KW, int FB> struct Config {
     static constexpr int SEGMENTS = U * Record<U, G>::SEGMENTS;
     static constexpr int SUM_BYTES = 4 * SUM_FLOATS * (SEGMENTS > 2 ? SEGMENTS : 2);  // of one token and record
     static constexpr bool MULTIPLIES_V = BYTES && FB > 0;
-    // Wide tiles have a ring of x apart, in slots of 64 columns: two stages of 256 columns came from L2 hardly as fast as they
-    // were multiplied.
-    static constexpr bool APART = MI > 1;
-    static constexpr int X_IN_STAGE = APART ? 0 : X_BYTES, X_SLOT = NT * 128;
     // A stage: x [KW * 4][NT][64], records [MI * WGS][KW * STEP][4], sums [KW * STEP][NT][..].
     static __device__ __host__ constexpr int sums_at(int max_b) {
         const int own = Record<U, G>::bytes(max_b), v = MULTIPLIES_V ? Record<U, UNIT>::bytes(FB) : 0;
-        return (X_IN_STAGE + KW * STEP * ROW_BLOCKS * (own > v ? own : v) + 127) / 128 * 128;
+        return (X_BYTES + KW * STEP * ROW_BLOCKS * (own > v ? own : v) + 127) / 128 * 128;
     }
     static __device__ __host__ constexpr int stage_bytes(int max_b) {
         return (sums_at(max_b) + (BYTES ? KW * STEP * NT * SUM_BYTES : 0) + 1023) / 1024 * 1024;
     }
 };
 
-// Stages of shared memory that a producer fills and consumers empty, each with two barriers: full, empty.
-struct Ring {
-    u32 at, bytes, bars;
-    int stages, stage;
-    u32 phase;  // of the barrier that is waited for: 0 at first for full, 1 for empty
-
-    __device__ __forceinline__ Ring(u32 at, u32 bytes, u32 bars, int stages, u32 phase)
-        : at(at), bytes(bytes), bars(bars), stages(stages), stage(0), phase(phase) {}
-    __device__ __forceinline__ u32 here() const { return at + stage * bytes; }
-    __device__ __forceinline__ u32 full() const { return bars + 16 * stage; }
-    __device__ __forceinline__ void await_full() const { mbarrier_wait(full(), phase); }
-    __device__ __forceinline__ void await_empty() const { mbarrier_wait(full() + 8, phase); }
-    __device__ __forceinline__ void release(int stage, int lane) const {
-        if (lane == 0) mbarrier_arrive(bars + 16 * stage + 8);
-    }
-    __device__ __forceinline__ void next() {
-        if (++stage == stages) stage = 0, phase ^= 1;
-    }
-};
-
-// Which of a tile's rows and columns a warp multiplies.
-struct Place {
-    int wg, kw, warp, lane;
-};
-
-// The columns of one tile of N tokens, in stages that have room for NT, for one consumer warpgroup. In wide tiles x is in
-// a ring of its own.
-template <typename C, int B, int MAX_B, int U, int G, bool BF16, int N, int MI, int KW>
-__device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], Ring& ring, Ring& x, int records, const Place& at, int bits,
+// The columns of one tile of N tokens, in stages that have room for NT, for one consumer warpgroup.
+template <typename C, int B, int MAX_B, int U, int G, bool BF16, int NT, int N, int MI, int WGS, int KW>
+__device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], u32 stages_at, u32 stage_bytes, u32 bars, int stages,
+                                           int& stage, u32& phase, int records, int wg, int kw, int lane, int warp, int bits,
                                            int centre) {
     constexpr int STEP = C::STEP;
     u32 a[2][16];
-    int held = -1;  // the stage of x that the last products still read
+    int held = -1;  // the stage that the last products still read
     const u32 size = Record<U, G>::bytes(B ? B : bits);
-    Ring& last = C::APART ? x : ring;
     for (int record = 0; record < records; record += KW * STEP) {
-        ring.await_full();
-        if (record + at.kw * STEP < records) {
-            const u32 w = ring.here() + C::X_IN_STAGE, tile = swizzled_tile(ring.here() + at.kw * 4 * N * 128);
+        mbarrier_wait(bars + 16 * stage, phase);
+        if (record + kw * STEP < records) {
+            const u32 at = stages_at + stage * stage_bytes, w = at + C::X_BYTES, tile = swizzled_tile(at + kw * 4 * N * 128);
             u32 words[MI][U * MAX_B];
 #pragma unroll
             for (int unit = 0; unit < 4; ++unit) {
                 const int s = unit / U, u = unit % U;
-                if (s > 0 && record + at.kw * STEP + s >= records) break;
+                if (s > 0 && record + kw * STEP + s >= records) break;
 #pragma unroll
                 for (int mi = 0; mi < MI; ++mi) {
                     u32(&operand)[16] = a[(unit * MI + mi) % 2];
-                    const u32 from = w + (((at.wg * MI + mi) * KW * STEP + at.kw * STEP + s) * 4 + at.warp) * size;
-                    dequantize_any<B, MAX_B, U, G, BF16>(operand, words[mi], from, u, at.lane, bits, centre);
-                    if (C::APART && mi == 0) x.await_full();
-                    const u32 columns = C::APART ? swizzled_tile(x.here()) : tile + unit * N * 8;
+                    const u32 from = w + (((wg * MI + mi) * KW * STEP + kw * STEP + s) * 4 + warp) * size;
+                    dequantize_any<B, MAX_B, U, G, BF16>(operand, words[mi], from, u, lane, bits, centre);
                     wgmma_fence();
 #pragma unroll
-                    for (int j = 0; j < 4; ++j) Wgmma<N, BF16>::run(acc[mi], operand + 4 * j, descriptor(columns + 2 * j));
+                    for (int j = 0; j < 4; ++j)
+                        Wgmma<N, BF16>::run(acc[mi], operand + 4 * j, descriptor(tile + unit * N * 8 + 2 * j));
                     wgmma_commit();
                     wgmma_wait<1>();
-                    if ((C::APART || unit == 0) && mi == 0 && held >= 0) {
-                        last.release(held, at.lane);
+                    if (unit == 0 && mi == 0 && held >= 0) {
+                        if (lane == 0) mbarrier_arrive(bars + 16 * held + 8);
                         held = -1;
                     }
                 }
-                if constexpr (C::APART) held = x.stage, x.next();
             }
         } else if (held >= 0) {
             wgmma_wait<0>();
-            last.release(held, at.lane);
+            if (lane == 0) mbarrier_arrive(bars + 16 * held + 8);
         }
-        if constexpr (C::APART) {
-            __syncwarp();
-            ring.release(ring.stage, at.lane);
-        } else {
-            held = ring.stage;
-        }
-        ring.next();
+        held = stage;
+        if (++stage == stages) stage = 0, phase ^= 1;
     }
     wgmma_wait<0>();
-    if (held >= 0) last.release(held, at.lane);
+    if (held >= 0 && lane == 0) mbarrier_arrive(bars + 16 * held + 8);
 }
 
 // The same for up to 8 tokens, in bytes and with the warp's own products. Columns of the first product are high bytes of
 // even tokens and low bytes of odd ones, of the second the others: so lanes meet all banks.
-template <typename C, int B, int U, int G, int SEGMENTS, int KW>
-__device__ __forceinline__ void accumulate_bytes(float (&acc)[1][4], Ring& ring, u32 sums_at, int records, const Place& place,
-                                                 bool live) {
+template <typename C, int B, int U, int G, int SEGMENTS, int WGS, int KW>
+__device__ __forceinline__ void accumulate_bytes(float (&acc)[1][4], u32 stages_at, u32 stage_bytes, u32 sums_at, u32 bars,
+                                                 int stages, int& stage, u32& phase, int records, int wg, int kw, int lane,
+                                                 int warp, bool live) {
     constexpr int M = Record<U, G>::GROUPS, TOKENS = 8;
     constexpr u32 SIZE = Record<U, G>::bytes(B);
-    const int kw = place.kw, lane = place.lane, g = lane / 4, t = lane % 4;
+    const int g = lane / 4, t = lane % 4;
     u32 chunk[2];  // the lane's 16 bytes of a row of 128, of which chunk c of row r lies at c ^ r
 #pragma unroll
     for (int i = 0; i < 2; ++i) chunk[i] = g * 128 + ((4 * (i ^ g % 2) + t) ^ g) * 16;
     constexpr int STEP = C::STEP;
     for (int record = 0; record < records; record += KW * STEP) {
-        ring.await_full();
-        const u32 at = ring.here();
+        mbarrier_wait(bars + 16 * stage, phase);
+        const u32 at = stages_at + stage * stage_bytes;
 #pragma unroll
         for (int s = 0; s < STEP; ++s) {
             if (!live || record + kw * STEP + s >= records) break;
             const u32 x = at + (kw * STEP + s) * U * TOKENS * 128;
-            const u32 w = at + C::X_BYTES + ((place.wg * KW * STEP + kw * STEP + s) * 4 + place.warp) * SIZE;
+            const u32 w = at + C::X_BYTES + ((wg * KW * STEP + kw * STEP + s) * 4 + warp) * SIZE;
             const u32 sums = at + sums_at + ((kw * STEP + s) * TOKENS + 2 * t) * C::SUM_BYTES;
             u32 words[U * B], low[M], high[M];
 #pragma unroll
@@ -342,8 +305,8 @@ __device__ __forceinline__ void accumulate_bytes(float (&acc)[1][4], Ring& ring,
             }
         }
         __syncwarp();
-        ring.release(ring.stage, lane);
-        ring.next();
+        if (lane == 0) mbarrier_arrive(bars + 16 * stage + 8);
+        if (++stage == stages) stage = 0, phase ^= 1;
     }
 }
 
@@ -415,18 +378,19 @@ template <int FB, int FU, bool BF16> struct Compensator {
     }
 };
 
-// The same for wider tiles: t's units are stages of their own, after those of x; u's first has been asked for.
+// The same for wide tiles: t's units are stages of their own, after those of x; u's first has been asked for.
 template <int FB, int FU, bool BF16, int N, int MI>
 __device__ __forceinline__ void accumulate_t(float (&acc)[MI][N / 2], FactorUnit<FB> (&unit)[MI], const Compensators& f,
-                                             const u8* u, int row_block, Ring& ring, int kw, int lane) {
+                                             const u8* u, int row_block, u32 stages_at, u32 stage_bytes, u32 bars, int stages,
+                                             int& stage, u32& phase, int kw, int lane) {
     using H = Half<BF16>;
     for (int i = 0; i < (f.columns + UNIT - 1) / UNIT; ++i) {
         if (kw == 0 && i > 0)
 #pragma unroll
             for (int mi = 0; mi < MI; ++mi) load_u<FB, FU>(unit[mi], f, u, i, row_block + 4 * mi, lane);
-        ring.await_full();
+        mbarrier_wait(bars + 16 * stage, phase);
         if (kw == 0) {
-            const u32 tile = swizzled_tile(ring.here());
+            const u32 tile = swizzled_tile(stages_at + stage * stage_bytes);
             u32 a[MI][16];
 #pragma unroll
             for (int mi = 0; mi < MI; ++mi) {
@@ -442,8 +406,8 @@ __device__ __forceinline__ void accumulate_t(float (&acc)[MI][N / 2], FactorUnit
             wgmma_wait<0>();
         }
         __syncwarp();
-        ring.release(ring.stage, lane);
-        ring.next();
+        if (lane == 0) mbarrier_arrive(bars + 16 * stage + 8);
+        if (++stage == stages) stage = 0, phase ^= 1;
     }
 }
 
@@ -579,19 +543,14 @@ template <int NT, int MODE> __device__ __forceinline__ void count_tiles(const Ar
     if (lane == 0) tiles[0] = 0;
 }
 
-// Keeps the rings full with what this block's tiles take. One warp, of which lane 0 asks for copies.
+// Keeps the ring full with the stages of this block's tiles. One warp, of which lane 0 asks for copies.
 template <typename C, int B, int MAX_B, int U, int G, int NT, int MODE, int MI, int WGS, int KW, int FB, typename S>
 __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, const TensorMap& x_map, const TensorMap& other_map,
-                                        const TensorMap& t_map, Work* works, Ring& ring, Ring& x, int lane) {
+                                        const TensorMap& t_map, Work* works, u32 ring, u32 bars, int lane) {
+    constexpr u32 STAGE = C::stage_bytes(MAX_B);
     const u64 policy = evict_first();
-    auto fill_slot = [&](const TensorMap& map, int tokens, int token, int unit) {
-        x.await_empty();
-        if (lane == 0) {
-            mbarrier_expect(x.full(), tokens * 128);
-            tensor_copy(x.here(), &map, 0, token, unit, x.full());
-        }
-        x.next();
-    };
+    int stage = 0;
+    u32 phase = 1;
     for (int index = blockIdx.x; index < schedule.total(); index += gridDim.x) {
         Work work = schedule.at(index);
         const bool of_v = C::MULTIPLIES_V && work.split;
@@ -606,32 +565,37 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
         const u8* from = e.records + (u64)work.row_block * p.records * size;
         const int first = work.template first_record<MODE>(p), end = first + work.template records<MODE>(p);
         const bool narrow = NARROW<NT, MI, B> < NT && work.tokens <= NARROW<NT, MI, B>;
-        const int columns = narrow ? NARROW<NT, MI, B> : NT;
-        const TensorMap& map = narrow ? other_map : x_map;
+        const u32 x_bytes = narrow ? KW * 4 * NARROW<NT, MI, B> * 128 : C::X_BYTES;
         constexpr int RECORDS = KW * C::STEP;
         for (int record = first; record < end; record += RECORDS) {
-            const u32 full = ring.full(), to = ring.here(), count = min(RECORDS, end - record), bytes = count * 4 * size;
-            ring.await_empty();
+            const u32 full = bars + 16 * stage, to = ring + stage * STAGE, bytes = min(RECORDS, end - record) * 4 * size;
+            mbarrier_wait(full + 8, phase);
             if (lane == 0) {
-                if (record == first) works[ring.stage] = work;
-                mbarrier_expect(full, groups * bytes + C::X_IN_STAGE + (C::BYTES ? RECORDS * NT * C::SUM_BYTES : 0));
-                if constexpr (!C::APART) tensor_copy(to, &map, 0, work.token, record * U, full);
+                if (record == first) works[stage] = work;
+                mbarrier_expect(full, groups * bytes + x_bytes + (C::BYTES ? RECORDS * NT * C::SUM_BYTES : 0));
+                tensor_copy(to, narrow ? &other_map : &x_map, 0, work.token, record * U, full);
                 for (int i = 0; i < groups; ++i)
-                    bulk_copy(to + C::X_IN_STAGE + i * RECORDS * 4 * size, from + (u64)(i * p.records + record) * 4 * size, bytes,
-                              full, policy);
+                    bulk_copy(to + C::X_BYTES + i * RECORDS * 4 * size, from + (u64)(i * p.records + record) * 4 * size, bytes, full,
+                              policy);
                 if constexpr (C::BYTES) tensor_copy(to + C::sums_at(MAX_B), &other_map, 0, work.token, record, full);
             }
-            ring.next();
-            if constexpr (C::APART)
-                for (int unit = 0; unit < count * U; ++unit) fill_slot(map, columns, work.token, record * U + unit);
+            if (++stage == p.stages) stage = 0, phase ^= 1;
         }
         if constexpr (FB > 0 && !C::BYTES) {
             const int units = p.add.u[work.expert].records ? (p.add.columns + UNIT - 1) / UNIT : 0;
-            for (int unit = 0; unit < units; ++unit) fill_slot(t_map, NT, work.token, unit);
+            for (int unit = 0; unit < units; ++unit) {
+                const u32 full = bars + 16 * stage;
+                mbarrier_wait(full + 8, phase);
+                if (lane == 0) {
+                    mbarrier_expect(full, NT * 128);
+                    tensor_copy(ring + stage * STAGE, &t_map, 0, work.token, unit, full);
+                }
+                if (++stage == p.stages) stage = 0, phase ^= 1;
+            }
         }
     }
-    ring.await_empty();
-    if (lane == 0) works[ring.stage].expert = -1, mbarrier_arrive(ring.full());
+    mbarrier_wait(bars + 16 * stage + 8, phase);
+    if (lane == 0) works[stage].expert = -1, mbarrier_arrive(bars + 16 * stage);
 }
 
 template <int N> struct Size {
@@ -666,8 +630,9 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
     grouped(const Arguments p, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap other_map,
             const __grid_constant__ TensorMap t_map) {
     using C = Config<U, G, NT, MI, WGS, KW, FB>;
+    constexpr u32 STAGE = C::stage_bytes(MAX_B);
     extern __shared__ __align__(1024) u8 shared[];
-    __shared__ __align__(8) u64 bar[2 * 16], x_bar[C::APART ? 2 * 16 : 1];
+    __shared__ __align__(8) u64 bar[2 * 16];
     __shared__ Work works[16];
     __shared__ int tiles[MODE == DENSE ? 1 : MAX_EXPERTS + 1], firsts[MODE == DENSE ? 1 : MAX_EXPERTS + 1];
     __shared__ __align__(16) u8 corners[WGS * 4][(NT < 32 ? NT : 32) * 32];
@@ -676,19 +641,10 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
     __shared__ __align__(16) uint4 all_octets[2][BYTES_NEXT ? C::ROW_BLOCKS * NT : 1];  // likewise; [unit][token][row block]
     __shared__ float sums[KW > 1 ? (KW - 1) * MI * WGS * 64 * NT : 1];
     const int thread = threadIdx.x, lane = thread % WARP;
-    const u32 x_at = (shared_address(shared) + 1023) / 1024 * 1024, stages_at = x_at + (C::APART ? p.x_slots * C::X_SLOT : 0);
-    const u32 first_phase = thread >= C::CONSUMERS;  // the producer finds all empty
-    Ring ring(stages_at, C::stage_bytes(MAX_B), shared_address(bar), p.stages, first_phase);
-    Ring x(x_at, C::X_SLOT, shared_address(x_bar), p.x_slots, first_phase);
-    Ring& last = C::APART ? x : ring;  // where t comes
+    const u32 ring = (shared_address(shared) + 1023) / 1024 * 1024, bars = shared_address(bar);
 
     if (thread == 0) {
-        auto start = [](const Ring& ring) {
-            for (int s = 0; s < ring.stages; ++s)
-                mbarrier_init(ring.bars + 16 * s, 1), mbarrier_init(ring.bars + 16 * s + 8, C::CONSUMERS / WARP);
-        };
-        start(ring);
-        if (C::APART) start(x);
+        for (int s = 0; s < p.stages; ++s) mbarrier_init(bars + 16 * s, 1), mbarrier_init(bars + 16 * s + 8, C::CONSUMERS / WARP);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     await_producers();
@@ -706,25 +662,29 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
     if (thread >= C::CONSUMERS) {  // producer
         if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (thread >= C::CONSUMERS + WARP) return;
-        produce<C, B, MAX_B, U, G, NT, MODE, MI, WGS, KW, FB>(p, schedule, x_map, other_map, t_map, works, ring, last, lane);
+        produce<C, B, MAX_B, U, G, NT, MODE, MI, WGS, KW, FB>(p, schedule, x_map, other_map, t_map, works, ring, bars,
+                                                                   lane);
     } else {  // consumers
         if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         // through a shuffle, so that the compiler knows it to be the same for the whole warp, and with it the addresses of
         // tiles: they then live in uniform registers and cost the other pipes nothing
         const int group = __shfl_sync(~0u, thread / 128, 0), wg = group % WGS, kw = group / WGS, warp = thread / WARP % 4;
-        const Place place{wg, kw, warp, lane};
+        int stage = 0;
+        u32 phase = 0;
         int turn = 0;
         bool t_is_there = false;
         for (;; turn ^= 1) {
-            ring.await_full();
-            const Work work = works[ring.stage].uniform();
+            mbarrier_wait(bars + 16 * stage, phase);
+            const Work work = works[stage].uniform();
             if (work.expert < 0) return;
             Columns *columns = all_columns[turn], column;
             const bool has_column = MODE == DOWN && thread < NT && thread < work.tokens;
             if (has_column) column = {p.pairs[work.token + thread], p.weights[work.token + thread]};
             const int bits = B ? B : work.bits, records = work.template records<MODE>(p);
-#define BYTES(...) \
-    accumulate_bytes<C, __VA_ARGS__, Record<U, G>::SEGMENTS, KW>(acc, ring, C::sums_at(MAX_B), records, place, live)
+#define WHERE acc, ring, STAGE, bars, p.stages, stage, phase, records, wg, kw, lane, warp
+#define BYTES(...)                                                                                                          \
+    accumulate_bytes<C, __VA_ARGS__, Record<U, G>::SEGMENTS, WGS, KW>(acc, ring, STAGE, C::sums_at(MAX_B), bars, p.stages,   \
+                                                                      stage, phase, records, wg, kw, lane, warp, live)
             const int row_block = work.row_block + wg * MI * 4 + warp;  // of this warp and its first row tile
             const bool live = work.row_block + wg * 4 < (C::MULTIPLIES_V && work.split ? p.add.v_row_blocks : p.row_blocks);
             if constexpr (C::MULTIPLIES_V)
@@ -756,7 +716,7 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
                         for (int mi = 0; mi < MI; ++mi) load_u<FB, FU>(units[mi], p.add, u, 0, row_block + 4 * mi, lane);
                 }
                 if constexpr (!C::BYTES) {
-                    accumulate<C, B, MAX_B, U, G, BF16, N, MI, KW>(acc, ring, x, records, place, bits, work.centre);
+                    accumulate<C, B, MAX_B, U, G, BF16, NT, N, MI, WGS, KW>(WHERE, bits, work.centre);
                 } else {
                     if constexpr (B) BYTES(B, U, G);
                     else if (bits == 1) BYTES(1, U, G);
@@ -767,7 +727,8 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
                 }
                 if constexpr (FB > 0 && !C::BYTES)
                     if (u)
-                        accumulate_t<FB, FU, BF16, N, MI>(acc, units, p.add, u, row_block, last, kw, lane);
+                        accumulate_t<FB, FU, BF16, N, MI>(acc, units, p.add, u, row_block, ring, STAGE, bars, p.stages, stage, phase, kw,
+                                                           lane);
                 if (has_column) columns[thread] = column;  // not before: they are still on their way
                 if constexpr (KW > 1) add_columns<N, MI, WGS, KW, C::CONSUMERS>(acc, sums, wg, kw, thread);
                 if (KW == 1 && MODE == DOWN) named_barrier(1, C::CONSUMERS);  // columns are there
@@ -792,6 +753,7 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
             if (NARROW<NT, MI, B> < NT && work.tokens <= NARROW<NT, MI, B>) run(Size<NARROW<NT, MI, B>>{});
             else run(Size<NT>{});
 #undef BYTES
+#undef WHERE
             if constexpr (BYTES_NEXT)
                 if (kw == 0 && octets) {
                     named_barrier(2, WGS * 128);

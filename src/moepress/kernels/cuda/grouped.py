@@ -20,9 +20,7 @@ from moepress.kernels.cuda.rows import Route, Rows
 from moepress.kernels.cuda.tensor_map import map_rows, map_sums
 
 _Next = structure("_Next", "bytes sums", "", "units record_units segments floats")
-_Sizes = structure(
-    "_Sizes", "", "", "tokens slots num_experts n ld records row_blocks stages x_slots splits split_records"
-)
+_Sizes = structure("_Sizes", "", "", "tokens slots num_experts n ld records row_blocks stages splits split_records")
 
 
 class _Compensators(ctypes.Structure):
@@ -60,7 +58,7 @@ class Next(NamedTuple):
 def grouped(
     mode: choose.Mode,
     tile: choose.Tile,
-    ring: choose.Ring,
+    stages: int,
     rows: Rows,
     y: torch.Tensor | None,
     bank: RecordBank,
@@ -86,15 +84,14 @@ def grouped(
         _compensators(added), _next(then),
         _Sizes(
             tokens, slots, len(bank.where), columns, ld if ld is not None else y.shape[1],
-            layout.records_per_row_block, shape.row_blocks, ring.stages, ring.x_slots, *splits,
+            layout.records_per_row_block, shape.row_blocks, stages, *splits,
         ),
     )  # fmt: skip
-    units = 1 if tile.has_x_apart else 4 * tile.column_groups
-    x_map, other_map = (map_rows(x, each, units) for each in (tile.tokens, tile.narrow))
+    x_map, other_map = (map_rows(x, each, 4 * tile.column_groups) for each in (tile.tokens, tile.narrow))
     if tile.takes_bytes:
         other_map = map_sums(rows.sums, tile.tokens, tile.column_groups * shape.step)
     t_map = map_rows(added.t, tile.tokens, 1) if added and not tile.takes_bytes else x_map  # x_map: nobody reads it
-    shared = ring.num_bytes + choose.RESERVED
+    shared = stages * tile.stage_bytes(shape, ranks) + choose.RESERVED
     function.launch(
         tile.blocks * processors_of(device), tile.threads, shared, (arguments, x_map, other_map, t_map),
         programmatic=True,
@@ -123,13 +120,13 @@ def find_tile(
     mode: choose.Mode,
     tiles: Sequence[choose.Tile],
     ranks: choose.Ranks | None = None,
-) -> tuple[choose.Tile, choose.Ring]:
-    """The first tile whose ring fits beside the kernel's own shared memory."""
+) -> tuple[choose.Tile, int]:
+    """The first tile whose ring of two stages or more fits beside the kernel's own shared memory."""
     device = x.device.index
     for tile in tiles:
         _, static = find_kernel("grouped.cu", grouped_instance(mode, bank.shape, x.dtype, tile, ranks), device)
-        if ring := tile.ring(bank.shape, shared_bytes_of(device) // tile.blocks - static, ranks):
-            return tile, ring
+        if (stages := tile.stages(bank.shape, shared_bytes_of(device) // tile.blocks - static, ranks)) >= 2:
+            return tile, stages
     raise KernelError(f"no tile of {bank.shape.any} fits into {shared_bytes_of(device)} bytes of shared memory")
 
 

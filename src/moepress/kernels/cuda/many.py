@@ -27,13 +27,13 @@ def many_linear(
     if columns != x.shape[1]:
         x = torch.nn.functional.pad(x, (0, columns - x.shape[1]))
     tiles = choose.dense_tiles(bank.shape, len(x), processors_of(x.device.index))
-    tile, ring = find_tile(x, bank, "DENSE", tiles, factors and factors.ranks)
+    tile, stages = find_tile(x, bank, "DENSE", tiles, factors and factors.ranks)
     rows, done = Rows(x, None, None), None
     if tile.takes_bytes:
         done = torch.empty(1, dtype=torch.int32, device=x.device) if factors else None
         rows = prepare(x, bank, len(x), plain=False, in_bytes=True, zeros=done)
     added = compensate(rows, tile, factors, done=done)
-    grouped("DENSE", tile, ring, rows, y, bank, y.shape[1], len(x), bias=bias, added=added)
+    grouped("DENSE", tile, stages, rows, y, bank, y.shape[1], len(x), bias=bias, added=added)
 
 
 def run_many(
@@ -49,7 +49,7 @@ def run_many(
 ) -> None:
     """The sorted path, for any number of tokens."""
     tokens, pairs, each = len(x), ids.numel(), ids.numel() / len(gate_up.where)
-    (up_tile, up_ring), (tile, ring) = (
+    (up_tile, up_stages), (tile, stages) = (
         find_tile(x, bank, half, choose.expert_tiles(bank.shape, each), factors and factors.ranks)
         for half, bank, factors in zip(HALVES, (gate_up, down), (gate_up_factors, down_factors), strict=True)
     )
@@ -64,14 +64,14 @@ def run_many(
     then = Next(h, down) if made else None
     columns = down.layouts[0].padded_columns
     operands = rows, h.plain, gate_up, intermediate, tokens
-    grouped("GATE_UP", up_tile, up_ring, *operands, ld=columns, route=route, added=added, then=then)
+    grouped("GATE_UP", up_tile, up_stages, *operands, ld=columns, route=route, added=added, then=then)
 
     if tile.takes_bytes and not made:
         h = prepare(h.plain, down, pairs, plain=False, in_bytes=True, count=route.count)
     added = compensate(h, tile, down_factors, route, None if counters is None else counters[1:])
     parts = x.new_empty(pairs, x.shape[1])
     operands = h, parts, down, x.shape[1], tokens
-    grouped("DOWN", tile, ring, *operands, route=route, added=added)
+    grouped("DOWN", tile, stages, *operands, route=route, added=added)
     combine(parts, ids, len(down.where), y)
 
 
@@ -99,11 +99,11 @@ def multiply(x: torch.Tensor, bank: RecordBank, columns: int, route: Route | Non
     Two launches where few tiles share the columns of x.
     """
     rows, experts = len(x), len(bank.where)
-    tile, ring = find_tile(x, bank, "PLAIN", choose.factor_tiles(bank.shape, rows / experts))
+    tile, stages = find_tile(x, bank, "PLAIN", choose.factor_tiles(bank.shape, rows / experts))
     splits, each = choose.factor_splits(bank.shape, tile, experts, rows, processors_of(x.device.index))
     parts = x.new_empty(rows * splits, columns)
     operands = Rows(x, None, None), parts.view(rows, -1), bank, columns, rows // (route.slots if route else 1)
-    grouped("PLAIN", tile, ring, *operands, route=route, splits=(splits, each))
+    grouped("PLAIN", tile, stages, *operands, route=route, splits=(splits, each))
     if splits == 1:
         return parts
     combine(parts, None, 1, y := x.new_empty(rows, columns))
