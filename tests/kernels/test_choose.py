@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moepress.errors import KernelError
 from moepress.format.spec import BITS, GROUP_SIZES
 from moepress.kernels.cuda import choose
 from moepress.kernels.records import RecordLayout
@@ -131,4 +132,9 @@ def test_a_matrix_brings_its_middle_code(bits: int, monkeypatch: pytest.MonkeyPa
     assert (argument.word_bits, argument.centre) == (word, middle)
     turned = RecordBank.build([records], [layout], [(0, 1), (0, 0)])
     assert turned.argument.experts == turned.table.data_ptr() and turned.argument.first is None
+    v = RecordBank.build([records], [layout], [(0, 0), (0, 1)], is_v=True)
+    assert v.exchange == (v.table[2].data_ptr(), v.table[3].data_ptr()) and not v.table[2:].any()
+    assert v.table[3:].nbytes == choose.MAX_PAIRS * 64 * 4, "of 64 columns, each in 16 bits, and as much for epochs"
+    with pytest.raises(KernelError, match="without room for t"):
+        _ = bank.exchange
     assert turned.table.tolist() == [[records[slot].data_ptr(), word + (middle << 32)] for slot in (1, 0)] + [[0, 0]]

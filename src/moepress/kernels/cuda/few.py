@@ -17,7 +17,7 @@ _Arguments = structure(
     "_Arguments", "x y bias", "ids weights",
     "ids_wide weights_wide tokens slots num_experts n k records row_blocks stages",
 )  # fmt: skip
-_Compensators = structure("_Compensators", "v u t counters", "", "columns v_row_blocks v_records u_records")
+_Compensators = structure("_Compensators", "v u state t", "", "columns v_row_blocks v_records u_records")
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,9 @@ def _launch(
     compensators, blocks = _Compensators(), processors_of(x.device.index)
     if factors:
         v, u = factors.v.shape, factors.u.shape.any
-        t = x.new_empty(tokens * slots, v.any.rows)
         compensators = _Compensators(
-            factors.v.table.data_ptr(), factors.u.table.data_ptr(), t.data_ptr(), factors.v.counters.data_ptr(),
-            v.any.rows, v.row_blocks, v.any.records_per_row_block, u.records_per_row_block,
+            factors.v.table.data_ptr(), factors.u.table.data_ptr(), *factors.v.exchange, v.any.rows,
+            v.row_blocks, v.any.records_per_row_block, u.records_per_row_block,
         )  # fmt: skip
     else:
         blocks = min(blocks, shape.row_blocks * (slots * tokens if ids is not None and weights is None else 1))

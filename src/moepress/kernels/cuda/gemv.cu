@@ -11,8 +11,8 @@
 // With several tokens an expert is read once and multiplied with those that chose it, four at a time.
 //
 // Compensators W + u v: some groups first multiply v and publish t = v x; at the end of each row block a warp adds u t, for
-// which it waits until t is complete. Row blocks of v go to the first blocks, which start first: nobody waits for a block
-// that waits for a free multiprocessor.
+// which it waits until its own expert's t is complete. Row blocks of v go to the first blocks, which start first: nobody waits
+// for a block that waits for a free multiprocessor.
 #include "bytes.cuh"
 #include "factor.cuh"
 
@@ -35,8 +35,8 @@ struct Arguments {
 struct Compensators {
     const Expert* v;        // [num_experts] rows of t by k; records null: that expert has none
     const Expert* u;        // [num_experts] rows of W by columns of t
-    u16* t;                 // [tokens * slots, columns], v x
-    int* counters;          // {warps that have stored t, blocks that have ended}; both 0 between launches
+    u32* state;             // of v's bank: the epoch of its latest launch, and the blocks that have ended of one under way
+    u64* t;                 // of v's bank: v x for each pair of token and slot, see `publish_t`
     int columns;            // of t, a multiple of 8
     int v_row_blocks, v_records, u_records;
 };
@@ -385,40 +385,43 @@ __device__ void finish_row(const Arguments& p, const Active<NT>& active, const f
     }
 }
 
-// The same for a row block of t; then says that this warp has stored its part.
-template <bool BF16, int NT, int COLUMNS, int WARPS, int STORING>
-__device__ void finish_t(const Compensators& f, const Active<NT>& active, const float* parts, int slot, int row_block, int part,
-                         int lane) {
-    for (int i = part * WARP + lane; i < ROWS * NT; i += STORING * WARP) {
-        const int row = i % ROWS, token = i / ROWS, pair = active.pair[slot][token], column = row_block * ROWS + row;
-        const float sum = add_parts<COLUMNS, WARPS>(parts, token, row);
-        if (pair >= 0 && column < f.columns) f.t[pair * f.columns + column] = round16<BF16>(sum);
+// t travels from block to block in words that tell themselves whether they are there: two neighbouring columns in 16 bits,
+// and above them the launch's epoch. A word arrives whole, so who finds the epoch in it needs no fence and no counter: one
+// trip to the L2 cache after the store, where a counter took four (0.6 us each). The words of old launches stay, with their
+// epochs. A unit of 64 columns is [4][8] words: those of columns 8 i + 2 q and the next at [q][i], as lanes take them.
+constexpr int T_WORDS = UNIT / 2;
+
+// A row block of t from the warps' sums, of which the first `count` are not zeros.
+template <bool BF16, int NT, int COLUMNS>
+__device__ void publish_t(const Compensators& f, const Active<NT>& active, const float* parts, int count, int slot, int row_block,
+                          int pair_words, u32 epoch, int lane) {
+    const int row = 2 * (lane % 8), token = lane / 8, column = row_block * ROWS + row;
+    const int pair = token < NT ? active.pair[slot][token] : -1;
+    if (pair < 0) return;
+    float2 sum = make_float2(0.f, 0.f);
+    for (int w = 0; w < count; ++w) {
+        const float2 part = *reinterpret_cast<const float2*>(parts + (w * COLUMNS + token) * ROWS + row);
+        sum.x += part.x, sum.y += part.y;
     }
-    __syncwarp();
-    if (lane == 0) {
-        __threadfence();
-        atomicAdd(f.counters, 1);
-    }
+    // octets come in pairs: the second of 8 columns is zeros
+    const u64 word = (u64)epoch << 32 | (column < f.columns ? Half<BF16>::pack(sum.x, sum.y) : 0);
+    u64* to = f.t + pair * pair_words + column / UNIT * T_WORDS + lane % 4 * 8 + column % UNIT / 8;
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
 }
 
-__device__ __forceinline__ void await_count(const int* counter, int count, int lane) {
-    if (lane == 0) {
-        int found;
-        do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
-        while (found < count);
-    }
-    __syncwarp();
-}
-
-// A row of t as a B operand. Nobody on this multiprocessor has read it before it was complete: L1 has nothing stale.
-__device__ __forceinline__ void load_t(u32 (&b)[8], const u16* row, int column, int columns, int lane) {
+// A lane's words of a unit as a B operand of its first `columns` columns; false where one of them is not there yet.
+__device__ __forceinline__ bool load_t(u32 (&b)[8], const u64* from, int columns, u32 epoch) {
+    u64 words[8];
 #pragma unroll
-    for (int octet = 0; octet < 8; ++octet) {
-        b[octet] = 0;
-        const int at = column + 8 * octet;
-        const u16* from = row + at + 2 * (lane % 4);
-        if (row && at < columns) asm volatile("ld.global.u32 %0, [%1];" : "=r"(b[octet]) : "l"(from) : "memory");
+    for (int i = 0; i < 8; i += 2) {
+        words[i] = words[i + 1] = (u64)epoch << 32;
+        if (from && 8 * i < columns)
+            asm volatile("ld.relaxed.gpu.v2.u64 {%0,%1}, [%2];" : "=l"(words[i]), "=l"(words[i + 1]) : "l"(from + i) : "memory");
     }
+    u32 old = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) b[i] = u32(words[i]), old |= u32(words[i] >> 32) ^ epoch;
+    return !old;
 }
 
 // A warp's sums of one row block into its part of its group's buffer.
@@ -436,6 +439,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     constexpr int SEGMENTS = Record<U, G>::SEGMENTS;
     constexpr bool FACTORS = FB > 0;
     constexpr int U_UNITS = FU > 0 ? FU : 1;
+    constexpr bool ASKS_EARLY = FACTORS && MODE != DOWN;  // for t: down has one row block a group, and t is not there before
     // several tokens' results of experts are added up by token, in the warp's part of the buffer instead of in registers
     constexpr bool SCATTERS = NT > 1 && MODE == DOWN;
     constexpr int PARTS = SCATTERS ? MAX_TOKENS : NT;       // columns or tokens of a part
@@ -444,7 +448,9 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     constexpr u32 SLOT = OWN_SIZE > V_SIZE ? OWN_SIZE : V_SIZE;
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ Active<NT> active;
-    __shared__ float all_parts[GROUPS][2][WARPS * PARTS * ROWS];
+    __shared__ __align__(16) float all_parts[GROUPS][2][WARPS * PARTS * ROWS];
+    __shared__ __align__(16) u64 early_t[ASKS_EARLY ? GROUPS : 1][ASKS_EARLY ? NT * T_WORDS : 1];
+    __shared__ u32 epoch;
     // by a shuffle: the same for the whole warp, so addresses of rings and records can live in uniform registers
     const int lane = threadIdx.x % WARP, any_warp = __shfl_sync(~0u, threadIdx.x / WARP, 0);
     const int warp = any_warp % WARPS, group = any_warp / WARPS;
@@ -495,26 +501,25 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         if (ahead.next_record(p, steps)) find_row();
     };
     find_row();
-    // row blocks of t go to groups that have fewer of their own
-    int item = blockIdx.x + (GROUPS - 1 - group) * gridDim.x;
+    // row blocks of t go to groups that have fewer of their own; their records are the first in the ring, W's follow
+    const int item = blockIdx.x + (GROUPS - 1 - group) * gridDim.x;
     const int items = FACTORS ? active.compensated_count * f.v_row_blocks : 0;
-    int v_slot = 0, v_row_block = 0, v_record = 0;
-    auto fetch_v = [&] {
-        if (v_record >= f.v_records) return ring.nothing();
-        ring.fetch(locate(active.v[v_slot], v_row_block, v_record, f.v_records, V_SIZE), V_SIZE, policy, lane);
-        v_record += WARPS;
+    int v_item = warp < f.v_records ? item : items, v_record = warp;
+    const u8* v_row = nullptr;
+    auto find_v = [&] {
+        if (v_item >= items) return;
+        const int slot = active.compensated[v_item / f.v_row_blocks];
+        v_row = locate(active.v[slot], v_item % f.v_row_blocks, 0, f.v_records, V_SIZE);
     };
-    auto fetch_first = [&] {
-        if (item >= items) {
-            for (int i = 0; i < p.stages - 1; ++i) fetch_next();
-            return;
-        }
-        v_slot = active.compensated[item / f.v_row_blocks], v_row_block = item % f.v_row_blocks, v_record = warp;
-        for (int i = 0; i < p.stages - 1; ++i) fetch_v();
+    auto fetch_any = [&] {
+        if (!FACTORS || v_item >= items) return fetch_next();
+        ring.fetch(v_row + v_record * (4 * V_SIZE), V_SIZE, policy, lane);
+        if ((v_record += WARPS) < f.v_records) return;
+        v_item += stride, v_record = warp;
+        find_v();
     };
-    if constexpr (FACTORS) fetch_first();
-    else
-        for (int i = 0; i < p.stages - 1; ++i) fetch_next();
+    if constexpr (FACTORS) find_v();
+    for (int i = 0; i < p.stages - 1; ++i) fetch_any();
 
     if (MODE != GATE_UP) await_producers();
     allow_dependents();
@@ -522,7 +527,11 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         if (MODE != DOWN || NT > 1) return p.x + (u64)row * p.k;
         return row < count ? p.x + (u64)active.pair[row][0] * p.k : nullptr;
     };
+    // the launch before that used the bank has ended: every kernel before this one has waited for those before itself
+    u32 now = 0;
+    if (FACTORS && threadIdx.x == 0) asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(f.state) : "memory");
     stage_rows<G, BF16, NT, EARLY>(s, row_of, early, p.k);
+    if (FACTORS && threadIdx.x == 0) epoch = now + 1;
     __syncthreads();
 
     // the staged row of the input of an expert's column; any for columns without a token
@@ -546,26 +555,25 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     // below STORING: this warp stores, and that part
     auto storing = [&] { return (warp + WARPS - turn * STORING % WARPS) % WARPS; };
 
+    const int pair_words = f.u_records * U_UNITS * T_WORDS;
     if constexpr (FACTORS) {
-        for (; item < items; ++turn) {
-            const int slot = v_slot, row_block = v_row_block;
+        for (int at = item; at < items; at += stride, ++turn) {
+            const int slot = active.compensated[at / f.v_row_blocks], row_block = at % f.v_row_blocks;
             float y[2] = {};
             for (int record = warp; record < f.v_records; record += WARPS) {
-                fetch_v();
+                fetch_any();
                 ring.wait();
                 multiply<FB, U, UNIT, SEGMENTS>(y, ring.head(), x_of(slot, record), sums_of(slot, record), lane);
                 ring.release();
             }
-            item += stride;
-            fetch_first();
             put_part<NT>(parts[turn % 2] + warp * PARTS * ROWS, y, lane);
             named_barrier(1 + group, WARPS * WARP);
-            if (storing() < STORING)
-                finish_t<BF16, NT, PARTS, WARPS, STORING>(f, active, parts[turn % 2], slot, row_block, storing(), lane);
+            if (storing() == 0)
+                publish_t<BF16, NT, PARTS>(f, active, parts[turn % 2], min(f.v_records, WARPS), slot, row_block, pair_words,
+                                           epoch, lane);
         }
     }
 
-    bool t_is_there = false;
     for (; !here.done(p, count); ++turn) {
         const int row_block = here.row_block, row_slot = here.slot;
         const u32 row_x = x_of(row_slot, 0), row_sums = sums_of(row_slot, 0);
@@ -575,17 +583,27 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             for (int i = 0; i < PARTS * ROWS / WARP; ++i) own[i * WARP + lane] = 0.f;
             __syncwarp();
         }
-        // u t: of gate and up by the last warp, which has the fewest columns, of down's experts by one warp each; asked for
-        // here and multiplied at the end
+        // u t: by the last warp, which has the fewest columns, of down's experts by one warp each from the last on; asked for
+        // here and multiplied at the end. So is t where it can be there already, through shared memory because registers
+        // are few; words that come too early have old epochs.
         FactorUnit<FACTORS ? FB : 1> unit;
-        int compensated = MODE == GATE_UP ? (warp == WARPS - 1 ? row_slot : count) : warp;
+        int compensated = MODE == DOWN ? WARPS - 1 - warp : warp == WARPS - 1 ? row_slot : count;
         auto load_unit = [&](int i) {
             const u8* u = active.u[compensated];
             u = locate(u, row_block, i / U_UNITS, f.u_records, Record<U_UNITS, UNIT>::bytes(FB));
             unit.template load<U_UNITS>(u, i % U_UNITS, lane);
         };
         if constexpr (FACTORS)
-            if (compensated < count && active.u[compensated]) load_unit(0);
+            if (compensated < count && active.u[compensated]) {
+                load_unit(0);
+                if constexpr (ASKS_EARLY)
+#pragma unroll
+                    for (int at = 2 * lane; at < NT * T_WORDS; at += 2 * WARP) {
+                        const int pair = active.pair[compensated][at / T_WORDS];
+                        const u64* from = f.t + pair * pair_words + at % T_WORDS;
+                        if (pair >= 0) copy16(shared_address(early_t[group] + at), from, true);
+                    }
+            }
         while (!here.at_end_of_row(p, count)) {
             fetch_next();
             ring.wait();
@@ -602,16 +620,22 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             here.next_record(p, steps);
         }
         if constexpr (FACTORS) {
-            for (bool loaded = true; compensated < count; compensated += MODE == GATE_UP ? count : WARPS, loaded = false) {
+            for (bool loaded = true; compensated < count; compensated += MODE == DOWN ? WARPS : count, loaded = false) {
                 if (!active.u[compensated]) continue;
-                if (!t_is_there) await_count(f.counters, STORING * items, lane), t_is_there = true;
-                const int pair = active.pair[compensated][NT == 1 ? 0 : lane / 8];
-                const u16* t = pair < 0 ? nullptr : f.t + pair * f.columns;
+                const int column = NT == 1 ? 0 : lane / 8, pair = active.pair[compensated][column];
+                const u64* t = pair < 0 ? nullptr : f.t + pair * pair_words + lane % 4 * 8;
+                const u64* from = t;
+                if (ASKS_EARLY) {
+                    asm volatile("cp.async.wait_all;" ::: "memory");
+                    __syncwarp();
+                    if (t) from = early_t[group] + column * T_WORDS + lane % 4 * 8;
+                }
                 float part[2] = {};
                 for (int i = 0; i < f.u_records * U_UNITS; ++i) {
                     u32 b[8];
                     if (i > 0 || !loaded) load_unit(i);
-                    load_t(b, t, i * UNIT, f.columns, lane);
+                    while (!__all_sync(~0u, load_t(b, from, f.columns - i * UNIT, epoch))) from = t;
+                    if (t) from = t += T_WORDS;
                     u32 a[16];
                     float c[4];
                     unit.template operands<BF16>(a);
@@ -631,10 +655,10 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             finish_row<BF16, NT, PARTS, MODE, WARPS, STORING>(p, active, parts[turn % 2], row_slot, row_block, storing(), lane);
         here.next_row(p, steps, stride, warp);
     }
-    if constexpr (FACTORS) {  // the last block to end leaves the counters as it found them
+    if constexpr (FACTORS) {  // the last block to end says that the epoch was this one: all have read the one before
         __syncthreads();
         if (threadIdx.x > 0) return;
         const u32 last = gridDim.x - 1;
-        if (atomicInc(reinterpret_cast<u32*>(f.counters + 1), last) == last) f.counters[0] = 0;
+        if (atomicInc(f.state + 1, last) == last) f.state[0] = epoch;
     }
 }
