@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moepress.errors import KernelError
 from moepress.kernels.cuda import choose
 from moepress.kernels.records import RecordLayout
 
@@ -44,20 +43,14 @@ class RecordBank:
     where: tuple[tuple[int, int] | None, ...]
     """Expert -> (which of `records`, slot); None: it has no such matrix."""
     table: torch.Tensor
-    """int64 [E + 1, 2] on the device: address, 0 for none; word bits and, 32 bits up, the middle code. The last row is
-    zeros. In a compensator's v it begins with the epoch, the number of launches of `gemv` that have ended, and
-    a row for each four columns of t and each of MAX_PAIRS tokens' choices follows: words of t and the epochs that
-    wrote them. One launch at a time may use them; they are part of the table because that travels with the bank."""
+    """int64 [E + 1, 2] on the device: address, 0 for none; word bits and, 32 bits up, the middle code. The last row
+    is zeros, which kernels use as counters and leave as zeros."""
 
     @classmethod
     def build(
-        cls,
-        records: Sequence[torch.Tensor],
-        layouts: Sequence[RecordLayout],
-        where: Sequence[tuple[int, int] | None],
-        is_v: bool = False,
+        cls, records: Sequence[torch.Tensor], layouts: Sequence[RecordLayout], where: Sequence[tuple[int, int] | None]
     ) -> RecordBank:
-        """The bank with its table. The records must be complete and stay where they are; `is_v`: of compensators.
+        """The bank with its table. The records must be complete and stay where they are.
 
         Waits for the device: a kernel asks for its first records before the work ahead of it on the stream has ended.
         """
@@ -67,17 +60,15 @@ class RecordBank:
             else (0, 0)
             for place in where
         ]
-        rows += [(0, 0)] * (1 + is_v * t_rows(layouts[0]))
+        rows.append((0, 0))
         table = torch.tensor(rows, dtype=torch.int64).to(records[0].device)
         torch.cuda.synchronize(records[0].device)
         return cls(tuple(records), tuple(layouts), tuple(where), table)
 
     @property
-    def exchange(self) -> tuple[int, int]:
-        """The addresses of the epoch and of the words of t. KernelError where this is not a v."""
-        if len(self.table) != (experts := len(self.where)) + 1 + t_rows(self.layouts[0]):
-            raise KernelError("the bank of a compensator's v was built as another, without room for t")
-        return (epoch := self.table.data_ptr() + 16 * experts), epoch + 16
+    def counters(self) -> torch.Tensor:
+        """Two int64 zeros on the device: one launch at a time may use them."""
+        return self.table[-1]
 
     @cached_property
     def shape(self) -> choose.Bank:
@@ -90,11 +81,6 @@ class RecordBank:
             first, layout = self.records[0], self.layouts[0]
             return BankArgument(None, first.data_ptr(), layout.word_bits, centre(layout), first[0].numel())
         return BankArgument(self.table.data_ptr(), None, 0, 0, 0)
-
-
-def t_rows(layout: RecordLayout) -> int:
-    """Rows of a table for t, in whole units of 64 columns, of a v of this layout."""
-    return choose.MAX_PAIRS * 16 * -(-layout.rows // 64)
 
 
 def centre(layout: RecordLayout) -> int:

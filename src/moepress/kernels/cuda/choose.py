@@ -19,10 +19,8 @@ Mode = Literal["DENSE", "GATE_UP", "DOWN", "PLAIN"]
 """What a kernel's product is for: a matrix, one half of a layer of experts, or a factor of its compensators."""
 WARPS = 32
 """Warps of a block of `gemv`."""
-GEMV_STATIC = 32_000
-"""More shared bytes than any instance of `gemv` declares for itself; the largest has 29,312."""
-CLUSTER = 4
-"""Blocks that share four row blocks in `gemv` of down for several tokens."""
+GEMV_STATIC = 40_000
+"""More shared bytes than any instance of `gemv` declares for itself; the largest has 38,912."""
 MAX_TOKENS, MAX_PAIRS = 8, 64
 """Most tokens of a launch of `gemv`, and most pairs of token and expert where tokens are several."""
 EXAMPLES = 2, 16, 64, 200, 1000
@@ -99,7 +97,6 @@ class Ranks:
     """Of a record of u."""
     u_records: int
     v_units: int
-    v_row_blocks: int
 
     @property
     def v_record_bytes(self) -> int:
@@ -108,7 +105,7 @@ class Ranks:
 
 def ranks(v: RecordLayout, u: RecordLayout) -> Ranks:
     """Of the layouts of v and u."""
-    return Ranks(u.word_bits, u.units, u.records_per_row_block, v.units, -(-v.rows // 16))
+    return Ranks(u.word_bits, u.units, u.records_per_row_block, v.units)
 
 
 @dataclass(frozen=True)
@@ -117,17 +114,10 @@ class Team:
 
     warps: int
     groups: int
-    clusters: int = 0
-    """Of CLUSTER blocks, whose groups have a row block each that all blocks share; 0: blocks on their own."""
 
 
 def gemv_teams(mode: Mode, bank: Bank, tokens: int, slots: int, processors: int) -> Sequence[Team]:
     """Teams, best first: few warps share a row block where row blocks are many, so that none of the 32 waits."""
-    if mode == "DOWN" and tokens > 1:
-        # one cluster less than multiprocessors would make: where a GPC has 18, two are left over
-        quads, most = -(-bank.row_blocks // CLUSTER), max(1, processors // CLUSTER - 1)
-        clusters = -(-quads // -(-quads // most))
-        return [Team(warps, CLUSTER, clusters) for warps in (8, 6, 4)]
     blocks = bank.row_blocks * (slots * tokens if mode == "GATE_UP" else 1)
     if blocks <= processors:
         best = 32
@@ -147,37 +137,22 @@ class Room:
     """x and its sums."""
     stage: int
     """One record of each warp's ring, and its barrier."""
-    most: int = 0
-    """What has to fit besides, or `gemv` shall not run."""
 
     def total(self, stages: int) -> int:
         return self.inputs + stages * self.stage
 
     def stages(self, available: int) -> int:
         """Records that each warp has under way, 2 to 4; 0 where x and two of them do not fit."""
-        room = 0 if self.most > available else available - RESERVED
-        return next((n for n in (4, 3, 2) if self.total(n) <= room), 0)
+        return next((n for n in (4, 3, 2) if self.total(n) + RESERVED <= available), 0)
 
 
 def gemv_room(mode: Mode, bank: Bank, ranks: Ranks | None, tokens: int, slots: int, team: Team) -> Room:
-    layout, several, pairs = bank.any, tokens > 1, tokens * slots
-    records, unit = layout.records_per_row_block, layout.units * (32 + 2 * bank.segments)
+    layout, several = bank.any, tokens > 1
+    units = layout.records_per_row_block * layout.units
+    rows = tokens * slots if mode == "DOWN" else tokens
+    words = units * 32 + units * bank.segments * 2 + 2 * several
     record = max(bank.record_bytes, ranks.v_record_bytes if ranks else 0)
-    stage = team.warps * team.groups * (record + 8)
-    if not team.clusters:
-        return Room(4 * (pairs if mode == "DOWN" else tokens) * (records * unit + 2 * several), stage)
-    turns = gemv_turns(bank, ranks, tokens, slots, team)
-    exchange = turns * 4 * CLUSTER * MAX_TOKENS * 16 + 8 * (turns + turns % 2)
-    # where rows, two records of 16 warps and 18 KB of sums do not fit one block, as they had to before there were
-    # clusters, `grouped` runs: nobody has measured which of the two is faster there
-    whole = 4 * pairs * (records * unit + 2) + 32 * (record + 8) + (18 << 10)
-    return Room(4 * pairs * (-(-records // CLUSTER) * unit + 2) + exchange, stage, whole)
-
-
-def gemv_turns(bank: Bank, ranks: Ranks | None, tokens: int, slots: int, team: Team) -> int:
-    """Row blocks of W and of v that a group of warps has at most, where blocks are in clusters."""
-    items = [bank.row_blocks, *([tokens * slots * ranks.v_row_blocks] if ranks else ())]
-    return sum(-(-each // (team.clusters * team.groups)) for each in items) if team.clusters else 0
+    return Room(4 * rows * words, team.warps * team.groups * (record + 8))
 
 
 @dataclass(frozen=True)

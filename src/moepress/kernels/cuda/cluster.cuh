@@ -48,14 +48,14 @@ template <int CLUSTER> __device__ __forceinline__ void send(float* to, float val
     *to = value;
 }
 
-// Four numbers, to an address that 16 divides; of the first block or another, whose box must have been opened.
-template <int CLUSTER> __device__ __forceinline__ void send(float* to, float4 value, u64* box, int rank = 0) {
+// Four numbers, to an address that 16 divides.
+template <int CLUSTER> __device__ __forceinline__ void send(float* to, float4 value, u64* box) {
 #if __CUDA_ARCH__ >= 900
     if (CLUSTER > 1) {
-        asm volatile("{.reg .u32 there, bar; mapa.shared::cluster.u32 there, %0, %6; mapa.shared::cluster.u32 bar, %1, %6; "
+        asm volatile("{.reg .u32 there, bar; mapa.shared::cluster.u32 there, %0, 0; mapa.shared::cluster.u32 bar, %1, 0; "
                      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%2, %3, %4, %5}, [bar];}"
                      ::"r"(shared_address(to)), "r"(shared_address(box)), "f"(value.x), "f"(value.y), "f"(value.z),
-                     "f"(value.w), "r"(rank) : "memory");
+                     "f"(value.w) : "memory");
         return;
     }
 #endif

@@ -15,9 +15,9 @@ from moepress.kernels.cuda.launch import Function
 
 _Arguments = structure(
     "_Arguments", "x y bias", "ids weights",
-    "ids_wide weights_wide tokens slots num_experts n k records row_blocks stages turns",
+    "ids_wide weights_wide tokens slots num_experts n k records row_blocks stages",
 )  # fmt: skip
-_Compensators = structure("_Compensators", "v u state t", "", "columns v_row_blocks v_records u_records")
+_Compensators = structure("_Compensators", "v u t counters", "", "columns v_row_blocks v_records u_records")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,6 @@ class _Plan:
     function: Function
     team: choose.Team
     stages: int
-    turns: int
     shared: int
 
 
@@ -85,8 +84,7 @@ def _plan(
         function, static = find_kernel("gemv.cu", gemv_instance(mode, bank, ranks, dtype, tokens, team), device)
         room = choose.gemv_room(mode, bank, ranks, tokens, slots, team)
         if stages := room.stages(shared_bytes_of(device) - static):
-            turns = choose.gemv_turns(bank, ranks, tokens, slots, team)
-            return _Plan(function, team, stages, turns, room.total(stages))
+            return _Plan(function, team, stages, room.total(stages))
     return None
 
 
@@ -116,23 +114,21 @@ def _launch(
         x.data_ptr(), y.data_ptr(), address(bias), bank.argument, address(ids), address(weights),
         int(ids is not None and ids.dtype == torch.int64), int(weights is not None and weights.dtype == torch.float32),
         tokens, slots, len(bank.where), columns, x.shape[1], layout.records_per_row_block, shape.row_blocks,
-        plan.stages, plan.turns,
+        plan.stages,
     )  # fmt: skip
     compensators, blocks = _Compensators(), processors_of(x.device.index)
     if factors:
         v, u = factors.v.shape, factors.u.shape.any
+        t = x.new_empty(tokens * slots, v.any.rows)
         compensators = _Compensators(
-            factors.v.table.data_ptr(), factors.u.table.data_ptr(), *factors.v.exchange, v.any.rows,
-            v.row_blocks, v.any.records_per_row_block, u.records_per_row_block,
+            factors.v.table.data_ptr(), factors.u.table.data_ptr(), t.data_ptr(), factors.v.counters.data_ptr(),
+            v.any.rows, v.row_blocks, v.any.records_per_row_block, u.records_per_row_block,
         )  # fmt: skip
-    if plan.team.clusters:
-        blocks = choose.CLUSTER * plan.team.clusters
-    elif not factors:
+    else:
         blocks = min(blocks, shape.row_blocks * (slots * tokens if ids is not None and weights is None else 1))
     plan.function.launch(
-        blocks, 32 * plan.team.warps * plan.team.groups, plan.shared, (arguments, compensators),
-        cluster=choose.CLUSTER if plan.team.clusters else 1, programmatic=True,
-    )  # fmt: skip
+        blocks, 32 * plan.team.warps * plan.team.groups, plan.shared, (arguments, compensators), programmatic=True
+    )
 
 
 def _ranks(factors: Factors) -> choose.Ranks:

@@ -8,15 +8,12 @@
 // The warps of a block share the columns of a row block and add up in their order, so results do not depend on the grid
 // and repeat bitwise.
 //
-// With several tokens an expert is read once and multiplied with those that chose it, four at a time. Of down each block would
-// have to hold all pairs' rows: a cluster of four blocks takes four row blocks instead, which lie together, and each of
-// its blocks every fourth record of the experts, so that it needs a quarter of the columns. Sums meet in shared memory.
+// With several tokens an expert is read once and multiplied with those that chose it, four at a time.
 //
 // Compensators W + u v: some groups first multiply v and publish t = v x; at the end of each row block a warp adds u t, for
-// which it waits until its own expert's t is complete. Row blocks of v go to the first blocks, which start first: nobody waits
-// for a block that waits for a free multiprocessor.
+// which it waits until t is complete. Row blocks of v go to the first blocks, which start first: nobody waits for a block
+// that waits for a free multiprocessor.
 #include "bytes.cuh"
-#include "cluster.cuh"
 #include "factor.cuh"
 
 struct Arguments {
@@ -33,14 +30,13 @@ struct Arguments {
     int records;            // of a row block
     int row_blocks;
     int stages;
-    int turns;              // of a group of warps at most, where blocks are in clusters
 };
 
 struct Compensators {
     const Expert* v;        // [num_experts] rows of t by k; records null: that expert has none
     const Expert* u;        // [num_experts] rows of W by columns of t
-    u32* state;             // of v's bank: the epoch of its latest launch, and the blocks that have ended of one under way
-    u64* t;                 // of v's bank: v x for each pair of token and slot, see `publish_t`
+    u16* t;                 // [tokens * slots, columns], v x
+    int* counters;          // {warps that have stored t, blocks that have ended}; both 0 between launches
     int columns;            // of t, a multiple of 8
     int v_row_blocks, v_records, u_records;
 };
@@ -49,11 +45,6 @@ constexpr int MAX_SLOTS = 32;
 constexpr int MAX_TOKENS = 8;
 constexpr int MAX_PAIRS = 64;  // of several tokens
 constexpr int MAX_EXPERTS = 512;
-#if __CUDA_ARCH__ >= 900
-constexpr int DOWN_CLUSTER = 4;  // blocks that share four row blocks of down for several tokens
-#else
-constexpr int DOWN_CLUSTER = 1;
-#endif
 
 // ---- who runs -----------------------------------------------------------------------------------------------------
 
@@ -63,10 +54,9 @@ template <int NT> struct Active {
     static constexpr int MOST = NT == 1 ? MAX_SLOTS : MAX_PAIRS;
     Expert expert[MOST];
     const u8 *v[MOST], *u[MOST];  // null: no compensator
-    float weight[MOST];           // DOWN; several tokens' by pair
-    signed char pair[MOST][NT];   // token * slots + slot; -1: no more tokens
-    signed char token[MOST][NT];
-    signed char first_record[MOST];  // of a pair, in a cluster: this block's first of its expert; -1: nobody's
+    float weight[MOST][NT];       // DOWN
+    short pair[MOST][NT];         // token * slots + slot; -1: no more tokens
+    short token[MOST][NT];
     short compensated[MOST];      // which of them have compensators
     int count, compensated_count;
     u32 chosen[2][NT == 1 ? 1 : MAX_EXPERTS / 32];  // by anybody; by more than NT
@@ -88,9 +78,7 @@ template <int NT> __device__ __forceinline__ int mark_tokens(Active<NT>& active,
     const int thread = threadIdx.x, byte = id % 4 * 8;
     if (thread < 2 * WORDS) active.chosen[thread / WORDS][thread % WORDS] = 0;
     if (thread < MAX_EXPERTS / 4) active.tokens[thread] = 0;
-    if (thread < MAX_PAIRS) active.first_record[thread] = -1;
-    for (int i = thread; i < MAX_PAIRS * NT; i += blockDim.x)
-        active.pair[i / NT][i % NT] = -1, active.token[i / NT][i % NT] = 0;
+    for (int i = thread; i < MAX_PAIRS * NT; i += blockDim.x) active.pair[i / NT][i % NT] = -1, active.token[i / NT][i % NT] = 0;
     __syncthreads();
     if (id >= 0) atomicOr(&active.tokens[id / 4], 1u << (byte + token)), atomicOr(&active.chosen[0][id / 32], 1u << (id % 32));
     __syncthreads();
@@ -115,19 +103,14 @@ template <int NT> __device__ __forceinline__ int place_of(Active<NT>& active, in
     return rank < NT ? before[0] : all[0] + before[1];
 }
 
-// The first of the records of entry `slot` of the list that a block of a cluster takes, which has every CLUSTER-th of all.
-template <int CLUSTER> __device__ __forceinline__ int first_record(int slot, int records, int rank) {
-    return CLUSTER > 1 ? (rank - slot * records) & (CLUSTER - 1) : 0;
-}
-
 // All threads; ends with a barrier.
-template <bool BF16, int NT, int MODE, int CLUSTER, bool FACTORS>
-__device__ void find_active(Active<NT>& active, const Arguments& p, const Compensators& f, int rank) {
+template <bool BF16, int NT, int MODE, bool FACTORS>
+__device__ void find_active(Active<NT>& active, const Arguments& p, const Compensators& f) {
     const int thread = threadIdx.x;
     auto enter = [&](int at, int id, int pair, int column) {
         active.expert[at] = p.bank.expert(id);
         active.pair[at][column] = pair, active.token[at][column] = pair / p.slots;
-        if (MODE == DOWN) active.weight[NT == 1 ? at : pair] = weight_of<BF16>(p, pair);
+        if (MODE == DOWN) active.weight[at][column] = weight_of<BF16>(p, pair);
         if (FACTORS) active.v[at] = f.v[id].records, active.u[at] = f.u[id].records;
     };
     if constexpr (MODE == DENSE) {
@@ -143,11 +126,10 @@ __device__ void find_active(Active<NT>& active, const Arguments& p, const Compen
         }
     } else {
         const int id = thread < p.tokens * p.slots ? id_of(p, thread) : -1;
-        const int before = mark_tokens(active, id, thread / p.slots);
+        const int rank = mark_tokens(active, id, thread / p.slots);
         if (thread < MAX_PAIRS) {
-            const int at = place_of(active, id, before);
-            if (id >= 0) enter(at, id, thread, before % NT);  // tokens that share an expert write the same
-            if (id >= 0) active.first_record[thread] = first_record<CLUSTER>(at, p.records, rank);
+            const int at = place_of(active, id, rank);
+            if (id >= 0) enter(at, id, thread, rank % NT);  // tokens that share an expert write the same
         }
     }
     __syncthreads();
@@ -195,10 +177,9 @@ __device__ __forceinline__ void stage_octet(const Staged& s, const u32 (&octet)[
 // All threads take part; a thread asks for several octets of columns before it uses the first, because each takes most of
 // a microsecond to come. `row_of(i)` is where row i of k values begins, null for zeros; `early` is the thread's first octet
 // where EARLY, asked for together with the ids. (Rows by bulk copies, permuted and summed afterwards, took 1 us longer;
-// a division for each octet, and arithmetic on octets past the end, 3 us with eight tokens.) Octet o of a row's own begins at
-// `column_of(i, o)`.
-template <int G, bool BF16, int NT, bool EARLY, typename R, typename C>
-__device__ void stage_rows(const Staged& s, R row_of, C column_of, const u32 (&early)[4], int k) {
+// a division for each octet, and arithmetic on octets past the end, 3 us with eight tokens.)
+template <int G, bool BF16, int NT, bool EARLY, typename R>
+__device__ void stage_rows(const Staged& s, R row_of, const u32 (&early)[4], int k) {
     constexpr int BATCH = NT == 1 ? 2 : 4;
     const int octets = 8 * s.units, rows_ahead = blockDim.x / octets, octets_ahead = blockDim.x - rows_ahead * octets;
     int row = threadIdx.x / octets, o = threadIdx.x - row * octets;
@@ -214,7 +195,7 @@ __device__ void stage_rows(const Staged& s, R row_of, C column_of, const u32 (&e
 #pragma unroll
             for (int t = 0; t < 4; ++t) v[i][t] = known ? early[t] : 0;
             if (!known && row < s.rows)
-                if (const u16* from = row_of(row)) load_octet<BF16>(v[i], from, column_of(row, o), k);
+                if (const u16* from = row_of(row)) load_octet<BF16>(v[i], from, 8 * o, k);
             row += rows_ahead, o += octets_ahead;
             if (o >= octets) o -= octets, ++row;
         }
@@ -282,8 +263,7 @@ __device__ __forceinline__ void multiply_any(float (&y)[2], u32 record, u32 x, u
 // ---- the order of records -----------------------------------------------------------------------------------------
 
 // How far a step goes: whole matrices, and the rest in row blocks (GATE_UP) or in records of a row block (DOWN). Known
-// beforehand, because small matrices are many to a step: carrying over one by one took half of all instructions. WARPS are
-// those that share a row block, `warp` which of them.
+// beforehand, because small matrices are many to a step: carrying over one by one took half of all instructions.
 template <int WARPS, int MODE> struct Steps {
     int first_slot, first, slots, rest;
 
@@ -405,44 +385,40 @@ __device__ void finish_row(const Arguments& p, const Active<NT>& active, const f
     }
 }
 
-// t travels from block to block in words that tell themselves whether they are there: two neighbouring columns in 16 bits,
-// and above them the launch's epoch. A word arrives whole, so who finds the epoch in it needs no fence and no counter: one
-// trip to the L2 cache after the store, where a counter took four (0.6 us each). The words of old launches stay, with their
-// epochs. A unit of 64 columns is [4][8] words: those of columns 8 i + 2 q and the next at [q][i], as lanes take them.
-constexpr int T_WORDS = UNIT / 2;
-
-// A row block of t from the warps' sums, of which the first `count` are not zeros.
-template <bool BF16, int NT, int COLUMNS>
-__device__ void publish_t(const Compensators& f, const Active<NT>& active, const float* parts, int count, int slot, int row_block,
-                          int pair_words, u32 epoch, int lane) {
-    const int row = 2 * (lane % 8), token = lane / 8, column = row_block * ROWS + row;
-    const int pair = token < NT ? active.pair[slot][token] : -1;
-    if (pair < 0) return;
-    float2 sum = make_float2(0.f, 0.f);
-    for (int w = 0; w < count; ++w) {
-        const float2 part = *reinterpret_cast<const float2*>(parts + (w * COLUMNS + token) * ROWS + row);
-        sum.x += part.x, sum.y += part.y;
+// The same for a row block of t; then says that this warp has stored its part.
+template <bool BF16, int NT, int COLUMNS, int WARPS, int STORING>
+__device__ void finish_t(const Compensators& f, const Active<NT>& active, const float* parts, int slot, int row_block, int part,
+                         int lane) {
+    for (int i = part * WARP + lane; i < ROWS * NT; i += STORING * WARP) {
+        const int row = i % ROWS, token = i / ROWS, pair = active.pair[slot][token], column = row_block * ROWS + row;
+        const float sum = add_parts<COLUMNS, WARPS>(parts, token, row);
+        if (pair >= 0 && column < f.columns) f.t[pair * f.columns + column] = round16<BF16>(sum);
     }
-    // octets come in pairs: the second of 8 columns is zeros
-    const u64 word = (u64)epoch << 32 | (column < f.columns ? Half<BF16>::pack(sum.x, sum.y) : 0);
-    u64* to = f.t + pair * pair_words + column / UNIT * T_WORDS + lane % 4 * 8 + column % UNIT / 8;
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
+    __syncwarp();
+    if (lane == 0) {
+        __threadfence();
+        atomicAdd(f.counters, 1);
+    }
 }
 
-// A lane's words of a unit as a B operand of its first `columns` columns; false where one of them is not there yet.
-__device__ __forceinline__ bool load_t(u32 (&b)[8], const u64* from, int columns, u32 epoch) {
-    u64 words[8];
-#pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-        words[i] = words[i + 1] = (u64)epoch << 32;
-        if (from && 8 * i < columns)
-            asm volatile("ld.relaxed.gpu.v2.u64 {%0,%1}, [%2];"
-                         : "=l"(words[i]), "=l"(words[i + 1]) : "l"(from + i) : "memory");
+__device__ __forceinline__ void await_count(const int* counter, int count, int lane) {
+    if (lane == 0) {
+        int found;
+        do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+        while (found < count);
     }
-    u32 old = 0;
+    __syncwarp();
+}
+
+// A row of t as a B operand. Nobody on this multiprocessor has read it before it was complete: L1 has nothing stale.
+__device__ __forceinline__ void load_t(u32 (&b)[8], const u16* row, int column, int columns, int lane) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) b[i] = u32(words[i]), old |= u32(words[i] >> 32) ^ epoch;
-    return !old;
+    for (int octet = 0; octet < 8; ++octet) {
+        b[octet] = 0;
+        const int at = column + 8 * octet;
+        const u16* from = row + at + 2 * (lane % 4);
+        if (row && at < columns) asm volatile("ld.global.u32 %0, [%1];" : "=r"(b[octet]) : "l"(from) : "memory");
+    }
 }
 
 // A warp's sums of one row block into its part of its group's buffer.
@@ -460,41 +436,28 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     constexpr int SEGMENTS = Record<U, G>::SEGMENTS;
     constexpr bool FACTORS = FB > 0;
     constexpr int U_UNITS = FU > 0 ? FU : 1;
-    constexpr bool ASKS_EARLY = FACTORS && MODE != DOWN;  // for t: down has one row block a group, and t is not there before
     // several tokens' results of experts are added up by token, in the warp's part of the buffer instead of in registers
     constexpr bool SCATTERS = NT > 1 && MODE == DOWN;
     constexpr int PARTS = SCATTERS ? MAX_TOKENS : NT;       // columns or tokens of a part
-    constexpr int CLUSTER = SCATTERS ? DOWN_CLUSTER : 1;
-    static_assert(CLUSTER == 1 || GROUPS == CLUSTER, "a group for each row block of a cluster");
-    constexpr int SHARING = CLUSTER * WARPS;                // warps that share a row block
     constexpr int STORING = NT > 1 && WARPS >= 16 ? PARTS / 2 : 1;  // warps that store a row block
-    constexpr int ADDED = CLUSTER > 1 ? CLUSTER : WARPS;    // parts that these add up
-    constexpr int BUFFERS = CLUSTER > 1 ? 1 : 2;            // of parts
-    constexpr int PART = PARTS * ROWS;
     constexpr u32 V_SIZE = FACTORS ? Record<U, UNIT>::bytes(FB) : 0, OWN_SIZE = Record<U, G>::bytes(MAX_B);
     constexpr u32 SLOT = OWN_SIZE > V_SIZE ? OWN_SIZE : V_SIZE;
-    extern __shared__ __align__(128) u8 shared[];
+    extern __shared__ __align__(1024) u8 shared[];
     __shared__ Active<NT> active;
-    __shared__ __align__(16) float all_parts[GROUPS][BUFFERS][WARPS * PART];
-    __shared__ __align__(16) u64 early_t[ASKS_EARLY ? GROUPS : 1][ASKS_EARLY ? NT * T_WORDS : 1];
-    __shared__ u32 epoch;
+    __shared__ float all_parts[GROUPS][2][WARPS * PARTS * ROWS];
     // by a shuffle: the same for the whole warp, so addresses of rings and records can live in uniform registers
     const int lane = threadIdx.x % WARP, any_warp = __shfl_sync(~0u, threadIdx.x / WARP, 0);
     const int warp = any_warp % WARPS, group = any_warp / WARPS;
     auto& parts = all_parts[group];
-    const int rank = rank_in_cluster<CLUSTER>(), place = blockIdx.x / CLUSTER, places = gridDim.x / CLUSTER;
     const int pairs = p.tokens * p.slots;
     u64* bars = reinterpret_cast<u64*>(shared + WARPS * GROUPS * p.stages * SLOT);
-    // of a cluster: for each turn what the blocks send to the one that stores
-    u64* boxes = bars + WARPS * GROUPS * p.stages;
-    float* inbox = reinterpret_cast<float*>(boxes + (CLUSTER > 1 ? (p.turns + 1) / 2 * 2 : 0));
     Staged s;
-    s.units = (p.records + CLUSTER - 1) / CLUSTER * U;
+    s.units = p.records * U;
     s.rows = MODE == DOWN ? pairs : p.tokens;
     s.words = s.units * UNIT_WORDS;
     // padding, so that tokens' sums meet no bank twice
     s.row_sums = s.units * SEGMENTS * 2 + (NT > 1 ? 2 : 0);
-    s.x = reinterpret_cast<u32*>(inbox + (CLUSTER > 1 ? p.turns * CLUSTER * PART : 0));
+    s.x = reinterpret_cast<u32*>(bars + WARPS * GROUPS * p.stages);
     s.sums = reinterpret_cast<float*>(s.x + s.rows * s.words);
 
     Ring ring(shared_address(shared) + any_warp * p.stages * SLOT, shared_address(bars + any_warp * p.stages), SLOT, p.stages);
@@ -505,24 +468,21 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
 #else
     const u64 policy = 0;
 #endif
-    for (int i = 0; CLUSTER > 1 && i < p.turns; ++i) make_box<CLUSTER>(boxes + i, 0, CLUSTER * PART * sizeof(float));
-    open_boxes<CLUSTER>();
     if (MODE == GATE_UP) await_producers();  // ids; for DOWN they are older than the kernel that is waited for
     constexpr bool EARLY = MODE == GATE_UP && NT == 1;
     u32 early[4] = {0, 0, 0, 0};
     if (EARLY && 8 * threadIdx.x < p.k) load_octet<BF16>(early, p.x, 8 * threadIdx.x, p.k);
-    find_active<BF16, NT, MODE, CLUSTER, FACTORS>(active, p, f, rank);
+    find_active<BF16, NT, MODE, FACTORS>(active, p, f);
     const int count = active.count;
 
-    // the first row blocks go to different multiprocessors, or four to the blocks of a cluster
-    const int first = CLUSTER > 1 ? place * GROUPS + group : place + group * places, stride = places * GROUPS;
-    const int sharer = rank + CLUSTER * warp;
-    const Steps<SHARING, MODE> steps(p, first, stride, sharer);
-    Cursor<SHARING, MODE> ahead(steps, first, sharer), here = ahead;
+    // the first row blocks go to different multiprocessors
+    const int first = blockIdx.x + group * gridDim.x, stride = gridDim.x * GROUPS;
+    const Steps<WARPS, MODE> steps(p, first, stride, warp);
+    Cursor<WARPS, MODE> ahead(steps, first, warp), here = ahead;
     const u8* row = nullptr;  // of records that `ahead` is in; null at the end
     u32 size = 0;
     auto find_row = [&] {
-        while (!ahead.done(p, count) && ahead.at_end_of_row(p, count)) ahead.next_row(p, steps, stride, sharer);
+        while (!ahead.done(p, count) && ahead.at_end_of_row(p, count)) ahead.next_row(p, steps, stride, warp);
         row = nullptr;
         if (ahead.done(p, count)) return;
         const Expert& e = active.expert[ahead.slot];
@@ -535,48 +495,35 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         if (ahead.next_record(p, steps)) find_row();
     };
     find_row();
-    // row blocks of t go to groups that have fewer of their own; their records are the first in the ring, W's follow
-    const int item = place + (GROUPS - 1 - group) * places;
+    // row blocks of t go to groups that have fewer of their own
+    int item = blockIdx.x + (GROUPS - 1 - group) * gridDim.x;
     const int items = FACTORS ? active.compensated_count * f.v_row_blocks : 0;
-    int v_item = item, v_record = 0;
-    const u8* v_row = nullptr;
-    auto first_of_v = [&](int slot) { return first_record<CLUSTER>(slot, f.v_records, rank) + CLUSTER * warp; };
-    auto find_v = [&] {
-        for (; v_item < items; v_item += stride) {
-            const int slot = active.compensated[v_item / f.v_row_blocks];
-            v_record = first_of_v(slot);
-            v_row = locate(active.v[slot], v_item % f.v_row_blocks, 0, f.v_records, V_SIZE);
-            if (v_record < f.v_records) return;
+    int v_slot = 0, v_row_block = 0, v_record = 0;
+    auto fetch_v = [&] {
+        if (v_record >= f.v_records) return ring.nothing();
+        ring.fetch(locate(active.v[v_slot], v_row_block, v_record, f.v_records, V_SIZE), V_SIZE, policy, lane);
+        v_record += WARPS;
+    };
+    auto fetch_first = [&] {
+        if (item >= items) {
+            for (int i = 0; i < p.stages - 1; ++i) fetch_next();
+            return;
         }
+        v_slot = active.compensated[item / f.v_row_blocks], v_row_block = item % f.v_row_blocks, v_record = warp;
+        for (int i = 0; i < p.stages - 1; ++i) fetch_v();
     };
-    auto fetch_any = [&] {
-        if (!FACTORS || v_item >= items) return fetch_next();
-        ring.fetch(v_row + v_record * (4 * V_SIZE), V_SIZE, policy, lane);
-        if ((v_record += SHARING) < f.v_records) return;
-        v_item += stride;
-        find_v();
-    };
-    if constexpr (FACTORS) find_v();
-    for (int i = 0; i < p.stages - 1; ++i) fetch_any();
+    if constexpr (FACTORS) fetch_first();
+    else
+        for (int i = 0; i < p.stages - 1; ++i) fetch_next();
 
     if (MODE != GATE_UP) await_producers();
     allow_dependents();
     auto row_of = [&](int row) -> const u16* {
-        if (CLUSTER > 1 && active.first_record[row] < 0) return nullptr;
         if (MODE != DOWN || NT > 1) return p.x + (u64)row * p.k;
         return row < count ? p.x + (u64)active.pair[row][0] * p.k : nullptr;
     };
-    auto column_of = [&](int row, int o) {
-        constexpr int OCTETS = 8 * U;  // of a record
-        return 8 * o + (CLUSTER > 1 ? UNIT * U * (active.first_record[row] + (CLUSTER - 1) * (o / OCTETS)) : 0);
-    };
-    // the launch before that used the bank has ended: every kernel before this one has waited for those before itself
-    u32 now = 0;
-    if (FACTORS && threadIdx.x == 0) asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(f.state) : "memory");
-    stage_rows<G, BF16, NT, EARLY>(s, row_of, column_of, early, p.k);
-    if (FACTORS && threadIdx.x == 0) epoch = now + 1;
+    stage_rows<G, BF16, NT, EARLY>(s, row_of, early, p.k);
     __syncthreads();
-    await_open<CLUSTER>();
 
     // the staged row of the input of an expert's column; any for columns without a token
     auto staged = [&](int slot, int column) {
@@ -585,97 +532,60 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     };
     // of a lane's column: its half of a unit for high or low bytes, and there its own 16
     const u32 x_lane = shared_address(s.x) + lane / 4 % 2 * 64 + lane % 4 * 16, sums_at = shared_address(s.sums);
-    auto x_of = [&](int slot, int record) { return x_lane + staged(slot, lane / 8) * s.words * 4 + 128 * U * (record / CLUSTER); };
+    auto x_of = [&](int slot, int record) { return x_lane + staged(slot, lane / 8) * s.words * 4 + 128 * U * record; };
     auto sums_of = [&](int slot, int record) {
-        return sums_at + 4 * staged(slot, lane % 4) * s.row_sums + 8 * SEGMENTS * U * (record / CLUSTER);
+        return sums_at + 4 * staged(slot, lane % 4) * s.row_sums + 8 * SEGMENTS * U * record;
     };
     // adds an expert's results to those of its tokens
     auto scatter = [&](float* part, int slot, const float (&y)[2]) {
-        const int pair = active.pair[slot][lane % 4];
-        if (pair < 0) return;
-        const float weight = active.weight[pair];
+        if (active.pair[slot][lane % 4] < 0) return;
         float* to = part + active.token[slot][lane % 4] * ROWS + lane / 4;
-        to[0] += weight * y[0], to[8] += weight * y[1];
+        to[0] += active.weight[slot][lane % 4] * y[0], to[8] += active.weight[slot][lane % 4] * y[1];
     };
     int turn = 0;
     // below STORING: this warp stores, and that part
     auto storing = [&] { return (warp + WARPS - turn * STORING % WARPS) % WARPS; };
-    // What a turn ends with, when each warp has its part: of the warps' parts, or of the cluster's sums of these, `store`.
-    auto complete = [&](auto store) {
-        const float* from = parts[turn % BUFFERS];
-        named_barrier(1 + group, WARPS * WARP);
-        const bool stores = storing() < STORING;
-        if constexpr (CLUSTER == 1) {
-            if (stores) store(from);
-        } else {  // the group's row block is that of the block with its number
-            float* sums = inbox + turn * CLUSTER * PART;
-            if (stores) {
-                float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll
-                for (int w = 0; w < WARPS; ++w) {
-                    const float4 part = *reinterpret_cast<const float4*>(from + w * PART + 4 * lane);
-                    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-                }
-                static_assert(CLUSTER == 1 || PART == 4 * WARP, "a lane has four numbers");
-                send<CLUSTER>(sums + rank * PART + 4 * lane, sum, boxes + turn, group);
-            }
-            named_barrier(1 + group, WARPS * WARP);  // parts may be written again
-            if (!stores || rank != group) return;
-            await_parts<CLUSTER>(boxes + turn, true);
-            store(sums);
-        }
-    };
 
-    const int pair_words = f.u_records * U_UNITS * T_WORDS;
     if constexpr (FACTORS) {
-        for (int at = item; at < items; at += stride, ++turn) {
-            const int slot = active.compensated[at / f.v_row_blocks], row_block = at % f.v_row_blocks;
+        for (; item < items; ++turn) {
+            const int slot = v_slot, row_block = v_row_block;
             float y[2] = {};
-            for (int record = first_of_v(slot); record < f.v_records; record += SHARING) {
-                fetch_any();
+            for (int record = warp; record < f.v_records; record += WARPS) {
+                fetch_v();
                 ring.wait();
                 multiply<FB, U, UNIT, SEGMENTS>(y, ring.head(), x_of(slot, record), sums_of(slot, record), lane);
                 ring.release();
             }
-            put_part<NT>(parts[turn % BUFFERS] + warp * PART, y, lane);
-            complete([&](const float* sums) {
-                if (storing() > 0) return;
-                const int parts = CLUSTER > 1 ? CLUSTER : min(f.v_records, WARPS);
-                publish_t<BF16, NT, PARTS>(f, active, sums, parts, slot, row_block, pair_words, epoch, lane);
-            });
+            item += stride;
+            fetch_first();
+            put_part<NT>(parts[turn % 2] + warp * PARTS * ROWS, y, lane);
+            named_barrier(1 + group, WARPS * WARP);
+            if (storing() < STORING)
+                finish_t<BF16, NT, PARTS, WARPS, STORING>(f, active, parts[turn % 2], slot, row_block, storing(), lane);
         }
     }
 
+    bool t_is_there = false;
     for (; !here.done(p, count); ++turn) {
         const int row_block = here.row_block, row_slot = here.slot;
         const u32 row_x = x_of(row_slot, 0), row_sums = sums_of(row_slot, 0);
-        float y[2] = {}, *own = parts[turn % BUFFERS] + warp * PART;
+        float y[2] = {}, *own = parts[turn % 2] + warp * PARTS * ROWS;
         if constexpr (SCATTERS) {
 #pragma unroll
-            for (int i = 0; i < PART / WARP; ++i) own[i * WARP + lane] = 0.f;
+            for (int i = 0; i < PARTS * ROWS / WARP; ++i) own[i * WARP + lane] = 0.f;
             __syncwarp();
         }
-        // u t: by the last warp, which has the fewest columns, of down's experts by one warp each from the last on; asked for
-        // here and multiplied at the end. So is t where it can be there already, through shared memory because registers
-        // are few; words that come too early have old epochs.
+        // u t: of gate and up by the last warp, which has the fewest columns, of down's experts by one warp each; asked for
+        // here and multiplied at the end
         FactorUnit<FACTORS ? FB : 1> unit;
-        int compensated = MODE == DOWN ? rank + CLUSTER * (WARPS - 1 - warp) : warp == WARPS - 1 ? row_slot : count;
+        int compensated = MODE == GATE_UP ? (warp == WARPS - 1 ? row_slot : count) : warp;
         auto load_unit = [&](int i) {
             const u8* u = active.u[compensated];
             u = locate(u, row_block, i / U_UNITS, f.u_records, Record<U_UNITS, UNIT>::bytes(FB));
             unit.template load<U_UNITS>(u, i % U_UNITS, lane);
         };
         if constexpr (FACTORS)
-            if (compensated < count && active.u[compensated]) {
-                load_unit(0);
-                if constexpr (ASKS_EARLY)
-#pragma unroll
-                    for (int at = 2 * lane; at < NT * T_WORDS; at += 2 * WARP) {
-                        const int pair = active.pair[compensated][at / T_WORDS];
-                        const u64* from = f.t + pair * pair_words + at % T_WORDS;
-                        if (pair >= 0) copy16(shared_address(early_t[group] + at), from, true);
-                    }
-            }
+            if (compensated < count && active.u[compensated]) load_unit(0);
         while (!here.at_end_of_row(p, count)) {
             fetch_next();
             ring.wait();
@@ -688,26 +598,20 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             if constexpr (SCATTERS) scatter(own, here.slot, part);
             else
 #pragma unroll
-                for (int i = 0; i < 2; ++i) y[i] = MODE == DOWN ? fmaf(active.weight[here.slot], part[i], y[i]) : y[i] + part[i];
+                for (int i = 0; i < 2; ++i) y[i] = MODE == DOWN ? fmaf(active.weight[here.slot][0], part[i], y[i]) : y[i] + part[i];
             here.next_record(p, steps);
         }
         if constexpr (FACTORS) {
-            for (bool loaded = true; compensated < count; compensated += MODE == DOWN ? SHARING : count, loaded = false) {
+            for (bool loaded = true; compensated < count; compensated += MODE == GATE_UP ? count : WARPS, loaded = false) {
                 if (!active.u[compensated]) continue;
-                const int column = NT == 1 ? 0 : lane / 8, pair = active.pair[compensated][column];
-                const u64* t = pair < 0 ? nullptr : f.t + pair * pair_words + lane % 4 * 8;
-                const u64* from = t;
-                if (ASKS_EARLY) {
-                    asm volatile("cp.async.wait_all;" ::: "memory");
-                    __syncwarp();
-                    if (t) from = early_t[group] + column * T_WORDS + lane % 4 * 8;
-                }
+                if (!t_is_there) await_count(f.counters, STORING * items, lane), t_is_there = true;
+                const int pair = active.pair[compensated][NT == 1 ? 0 : lane / 8];
+                const u16* t = pair < 0 ? nullptr : f.t + pair * f.columns;
                 float part[2] = {};
                 for (int i = 0; i < f.u_records * U_UNITS; ++i) {
                     u32 b[8];
                     if (i > 0 || !loaded) load_unit(i);
-                    while (!__all_sync(~0u, load_t(b, from, f.columns - i * UNIT, epoch))) from = t;
-                    if (t) from = t += T_WORDS;
+                    load_t(b, t, i * UNIT, f.columns, lane);
                     u32 a[16];
                     float c[4];
                     unit.template operands<BF16>(a);
@@ -718,19 +622,19 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
                 else
 #pragma unroll
                     for (int i = 0; i < 2; ++i)
-                        y[i] = fmaf(MODE == DOWN ? active.weight[compensated] : 1.f, part[i], y[i]);
+                        y[i] = fmaf(MODE == DOWN ? active.weight[compensated][0] : 1.f, part[i], y[i]);
             }
         }
         if constexpr (!SCATTERS) put_part<NT>(own, y, lane);
-        complete([&](const float* sums) {
-            finish_row<BF16, NT, PARTS, MODE, ADDED, STORING>(p, active, sums, row_slot, row_block, storing(), lane);
-        });
-        here.next_row(p, steps, stride, sharer);
+        named_barrier(1 + group, WARPS * WARP);
+        if (storing() < STORING)
+            finish_row<BF16, NT, PARTS, MODE, WARPS, STORING>(p, active, parts[turn % 2], row_slot, row_block, storing(), lane);
+        here.next_row(p, steps, stride, warp);
     }
-    if constexpr (FACTORS) {  // the last block to end says that the epoch was this one: all have read the one before
+    if constexpr (FACTORS) {  // the last block to end leaves the counters as it found them
         __syncthreads();
         if (threadIdx.x > 0) return;
         const u32 last = gridDim.x - 1;
-        if (atomicInc(f.state + 1, last) == last) f.state[0] = epoch;
+        if (atomicInc(reinterpret_cast<u32*>(f.counters + 1), last) == last) f.counters[0] = 0;
     }
 }
