@@ -3,6 +3,11 @@
 #pragma once
 #include "common.cuh"
 
+// Record `record` of a row block, where a matrix has `records` of them a row block, of `size` bytes.
+__device__ __forceinline__ const u8* locate(const u8* matrix, int row_block, int record, int records, u32 size) {
+    return matrix + (u64)((row_block / 4 * records + record) * 4 + row_block % 4) * size;
+}
+
 // A unit of u, 16 rows by 64 columns, in registers; t comes in 16 bits: it is new for each row block, and too short to be worth
 // making integers of. The zero of a factor is the middle code, which is taken off the codes, so it needs no sums.
 template <int B> struct FactorUnit {
@@ -41,4 +46,14 @@ template <bool BF16> __device__ __forceinline__ void multiply_unit(float (&c)[4]
     mma<BF16, false>(c, a, b[0], b[1]);
 #pragma unroll
     for (int j = 1; j < 4; ++j) mma<BF16, true>(c, a + 4 * j, b[2 * j], b[2 * j + 1]);
+}
+
+// Until a counter of what is done of t has come so far.
+__device__ __forceinline__ void await_count(const int* counter, int count, int lane) {
+    if (lane == 0) {
+        int found;
+        do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+        while (found < count);
+    }
+    __syncwarp();
 }

@@ -310,11 +310,6 @@ template <int WARPS, int MODE> struct Cursor {
     }
 };
 
-// Record `record` of a row block, where a matrix has `records` of them a row block, of `size` bytes.
-__device__ __forceinline__ const u8* locate(const u8* matrix, int row_block, int record, int records, u32 size) {
-    return matrix + (u64)((row_block / 4 * records + record) * 4 + row_block % 4) * size;
-}
-
 // A warp's ring of records in shared memory.
 struct Ring {
     u32 slots, bars, bytes;
@@ -399,15 +394,6 @@ __device__ void finish_t(const Compensators& f, const Active<NT>& active, const 
         __threadfence();
         atomicAdd(f.counters, 1);
     }
-}
-
-__device__ __forceinline__ void await_count(const int* counter, int count, int lane) {
-    if (lane == 0) {
-        int found;
-        do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
-        while (found < count);
-    }
-    __syncwarp();
 }
 
 // A row of t as a B operand. Nobody on this multiprocessor has read it before it was complete: L1 has nothing stale.

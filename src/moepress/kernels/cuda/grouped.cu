@@ -340,8 +340,7 @@ __device__ __forceinline__ void load_t(u32 (&b)[8], const u16* row, int unit, in
 // Unit `i` of u for a row block.
 template <int FB, int FU>
 __device__ __forceinline__ void load_u(FactorUnit<FB>& unit, const Compensators& f, const u8* u, int i, int row_block, int lane) {
-    const u64 record = (u64)(row_block / 4 * f.u_records + i / FU) * 4 + row_block % 4;
-    unit.template load<FU>(u + record * Record<FU, UNIT>::bytes(FB), i % FU, lane);
+    unit.template load<FU>(locate(u, row_block, i / FU, f.u_records, Record<FU, UNIT>::bytes(FB)), i % FU, lane);
 }
 
 // u t for a row block and a tile of 8 tokens. What a first unit takes is asked for before W's products: one trip to memory a
@@ -425,15 +424,6 @@ __device__ __forceinline__ void store_t(const Compensators& f, const Work& work,
         __threadfence();
         atomicAdd(f.done, 1);
     }
-}
-
-__device__ __forceinline__ void await_count(const int* counter, int count, int lane) {
-    if (lane == 0) {
-        int found;
-        do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
-        while (found < count);
-    }
-    __syncwarp();
 }
 
 // One warp's 16 rows of a tile. Lanes hold pairs of tokens and rows 8 apart; through a corner of shared memory, a row's
