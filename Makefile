@@ -15,7 +15,7 @@ test-all: check
 	$(BIN)/pytest -m "not gpu" -n 2
 
 gpu: $(VENV)/.ready
-	$(BIN)/pytest -m gpu
+	$(BIN)/pytest -m gpu -n 8 --dist loadfile
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

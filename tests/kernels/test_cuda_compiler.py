@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -186,6 +190,45 @@ def test_warm_counts(folder: Path, calls: list[str]) -> None:
     assert sorted(calls) == [f"scale<{n}, true>" for n in (1, 2, 3, 4)]
     with pytest.raises(KernelError, match="shrink"):
         warm([*requests, Request("k.cu", "shrink<3>", "sm_80")], folder=folder)
+
+
+def test_who_comes_second_waits_and_reads(folder: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes want the same kernel; threads take file locks from each other as processes do."""
+    both, inner = threading.Barrier(2), compiler._compile
+
+    def slow(*arguments: Any) -> Compiled:
+        time.sleep(0.3)
+        return inner(*arguments)
+
+    def ask(_: int) -> tuple[Compiled, bool]:
+        both.wait()
+        return compiler._get(Request("k.cu", "plain", "sm_80"), folder)
+
+    monkeypatch.setattr(compiler, "_compile", slow)
+    with ThreadPoolExecutor(2) as pool:
+        (first, is_new), (second, is_new_too) = pool.map(ask, range(2))
+    assert first == second and is_new != is_new_too and calls == ["plain"]
+    (path,) = files()
+    assert not compiler.lock_of(path).exists()
+
+
+def test_without_locks_everybody_compiles(folder: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: compiler.FileLock, timeout: float) -> None:
+        raise NotImplementedError("this file system has no locks")
+
+    monkeypatch.setattr(compiler.FileLock, "acquire", refuse)
+    assert compile_kernel("k.cu", "plain", "sm_80", folder=folder).name == "plain"
+    assert calls == ["plain"] and len(files()) == 1
+
+
+def test_nobody_waits_forever(folder: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "PATIENCE", 0.1)
+    compile_kernel("k.cu", "plain", "sm_80", folder=folder)
+    (path,) = files()
+    path.unlink()
+    with compiler.FileLock(compiler.lock_of(path)):
+        compile_kernel("k.cu", "plain", "sm_80", folder=folder)
+    assert calls == ["plain", "plain"] and files() == [path]
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,18 +13,24 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import uuid
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
 
 from moepress.errors import KernelError
 
 SOURCES = Path(__file__).parent
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*["<]([^">\n]+)[">]', re.MULTILINE)
+PATIENCE = 60.0
+"""Seconds to wait for another process that compiles the same kernel, several times what the slowest takes."""
 _warned: set[Path] = set()
 _unsaved: dict[str, Compiled] = {}
 """What could not be written to a cache folder: compiled once a process instead of once a machine."""
@@ -105,10 +111,46 @@ def _get(request: Request, folder: Path) -> tuple[Compiled, bool]:
     path = cache_folder() / f"{key}.cubin"
     if found := _unsaved.get(key) or _read(path):
         return found, False
-    compiled = _compile(request, options, texts)
-    if not _write(path, compiled):
-        _unsaved[key] = compiled
-    return compiled, True
+    with _alone(path) as waited:
+        if waited and (found := _read(path)):
+            return found, False
+        compiled = _compile(request, options, texts)
+        if not _write(path, compiled):
+            _unsaved[key] = compiled
+        return compiled, True
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[bool]:
+    """While one process of a server compiles a kernel, the others wait and read it; tells whether this one waited.
+
+    It only saves work: where a file takes no locks, or who holds one is slow, several compile. Locks are in the
+    machine's own temporary folder, because the cache may lie on a network, and are removed after use.
+    """
+    at, waited = lock_of(path), False
+    lock = FileLock(at)
+    try:
+        at.parent.mkdir(mode=0o700, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waited = True
+            lock.acquire(timeout=PATIENCE)
+    except (OSError, NotImplementedError):  # Timeout is an OSError
+        yield waited
+        return
+    try:
+        yield waited
+    finally:
+        with suppress(OSError):
+            at.unlink(missing_ok=True)
+        lock.release()
+
+
+def lock_of(path: Path) -> Path:
+    """What a process holds while it compiles what goes to `path`."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    return Path(tempfile.gettempdir(), f"moepress-{user}", hashlib.sha256(os.fsencode(path.absolute())).hexdigest())
 
 
 def _texts(source: str, folder: Path) -> dict[str, str]:
