@@ -249,8 +249,8 @@ def factor_tiles(bank: Bank, tokens_each: float) -> Sequence[Tile]:
 def factor_splits(bank: Bank, tile: Tile, experts: int, pairs: int, processors: int) -> tuple[int, int]:
     """Parts of a factor's columns that are multiplied apart and added later, where tiles are too few; records of each.
 
-    Half of a GPU is enough to leave it at one part, since adding takes a launch; a part has two records or more for each
-    warpgroup along the columns.
+    Half of a GPU is enough to leave it at one part, since adding takes a launch; a part has two records or more for
+    each warpgroup along the columns.
     """
     layout = bank.any
     tiles = max(min(experts, pairs), pairs // tile.tokens) * -(-bank.row_blocks // tile.row_blocks)
