@@ -106,6 +106,14 @@ def test_known_layers() -> None:
     assert choose.gemv_teams("DOWN", small, 8, 8, 132) == [choose.Team(32, 1), choose.Team(24, 1), choose.Team(16, 1)]
     mixed = choose.Bank(tuple(RecordLayout(2048, 768, bits, 64) for bits in (1, 2, 3)))
     assert mixed.template == "0, 4, 4, 64" and mixed.record_bytes == 4 * (128 * 4 + 64)
+    tall, square = (choose.Bank((RecordLayout(*shape, 3, 64),)) for shape in ((14336, 4096), (8192, 8192)))
+    wide = [choose.dense_tiles(bank, 1024, 132)[0].tokens for bank in (tall, square)]
+    assert wide == [152, 128], "three rounds of 392 tiles for four of 448; two of 256 either way"
+    assert {tile.tokens for tile in choose.every_dense_tile(tall, 132)} == {8, 32, 128, 152}
+    assert [choose.expert_tiles(mixed, each)[0].tokens for each in (40.0, 64.0, 257.0, 1000.0)] == [80, 80, 96, 128]
+    short = choose.Bank((RecordLayout(2048, 1408, 3, 64),))
+    assert (short.any.units, short.step) == (2, 2)
+    assert all(tile.stage_bytes(short) == tile.stage_bytes(small) for tile in choose.expert_tiles(small, 100.0)[:2])
 
 
 @pytest.mark.parametrize(("up", "down", "passes"), [(64, 64, True), (64, 128, True), (64, 32, False), (32, 64, False)])
