@@ -116,6 +116,15 @@ def test_known_layers() -> None:
     assert all(tile.stage_bytes(short) == tile.stage_bytes(small) for tile in choose.expert_tiles(small, 100.0)[:2])
 
 
+@given(bank=banks(), cores=processors)
+def test_examples_ask_for_every_tile(bank: choose.Bank, cores: int) -> None:
+    """Warming up compiles these: another would be compiled at somebody's token, or missing in a graph's capture."""
+    every = {choose.expert_tiles(bank, each / 4)[0] for each in (*range(1, 4000), *range(4000, 80_000, 370))}
+    assert every <= {choose.expert_tiles(bank, each)[0] for each in choose.EXAMPLES}
+    some = {*range(2, 4000), *range(4000, choose.MOST_TOKENS, 370)}
+    assert {choose.dense_tiles(bank, count, cores)[0] for count in some} <= choose.every_dense_tile(bank, cores)
+
+
 @pytest.mark.parametrize(("up", "down", "passes"), [(64, 64, True), (64, 128, True), (64, 32, False), (32, 64, False)])
 def test_bytes_are_passed_on_in_segments_of_one_size(up: int, down: int, passes: bool) -> None:
     gate_up, other = choose.Bank((RecordLayout(1280, 512, 3, up),)), choose.Bank((RecordLayout(512, 640, 3, down),))

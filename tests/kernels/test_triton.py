@@ -105,8 +105,7 @@ def check(y: torch.Tensor, truth: torch.Tensor, plain: torch.Tensor, what: str =
     eps = 1e-6 * truth.abs().max()
     rms, bound = error.square().mean().sqrt(), 2 * yardstick.square().mean().sqrt() + eps
     assert rms <= bound, f"{what}: rms {rms:.3g}, at most {bound:.3g}"
-    # the largest of a few errors is a matter of luck: of 720 it was 2.04 times torch's on an H100
-    spread = 2 if truth.numel() > 4096 else 3 if truth.numel() > 64 else 6
+    spread = 2 if truth.numel() > 64 else 6  # the largest of a few errors is a matter of luck
     assert error.max() <= spread * yardstick.max() + eps, f"{what}: max {error.max():.3g}, torch {yardstick.max():.3g}"
 
 

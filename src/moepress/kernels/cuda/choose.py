@@ -23,8 +23,10 @@ GEMV_STATIC = 40_000
 """More shared bytes than any instance of `gemv` declares for itself; the largest has 38,912."""
 MAX_TOKENS, MAX_PAIRS = 8, 64
 """Most tokens of a launch of `gemv`, and most pairs of token and expert where tokens are several."""
-EXAMPLES = 2, 16, 64, 200, 1000
+EXAMPLES = 2, 16, 64, 257, 1000
 """Numbers of tokens, on average of an expert, that ask for every best tile there is."""
+MOST_TOKENS = 1 << 15
+"""Tokens for which a dense layer's tiles are known beforehand."""
 RESERVED = 1024
 """Shared bytes that the system keeps of each block, and those lost to aligning the ring of `grouped`."""
 HOPPER, STATIC = 227 << 10, 40 << 10
@@ -276,8 +278,8 @@ def dense_tiles(bank: Bank, tokens: int, processors: int) -> Sequence[Tile]:
 
 
 def every_dense_tile(bank: Bank, processors: int) -> set[Tile]:
-    """All that are best for some number of tokens up to 4096."""
-    counts = {2, 64} | {tokens for size in (128, 152) for tokens in range(size, 4096, size)}
+    """All that are best for some number of tokens, at least 2 and up to MOST_TOKENS."""
+    counts = {2, 64} | {tokens for size in (128, 152) for tokens in range(size, MOST_TOKENS + size, size)}
     return {dense_tiles(bank, tokens, processors)[0] for tokens in counts}
 
 
