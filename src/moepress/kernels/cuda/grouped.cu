@@ -330,7 +330,8 @@ __device__ __forceinline__ void load_t(u32 (&b)[8], const u16* row, int unit, in
         const u16* from = row + unit * UNIT + lane % 4 * (width / 4);
         if (width >= 32) v[0] = __ldcg(reinterpret_cast<const uint4*>(from));
         if (width == 64) v[1] = __ldcg(reinterpret_cast<const uint4*>(from) + 1);
-        if (width == 16) v[0].x = __ldcg(reinterpret_cast<const u32*>(from)), v[0].y = __ldcg(reinterpret_cast<const u32*>(from) + 1);
+        if (width == 16)
+            v[0].x = __ldcg(reinterpret_cast<const u32*>(from)), v[0].y = __ldcg(reinterpret_cast<const u32*>(from) + 1);
         if (width == 8) v[0].x = __ldcg(reinterpret_cast<const u32*>(from));
     }
 #pragma unroll
@@ -394,7 +395,9 @@ __device__ __forceinline__ void accumulate_t(float (&acc)[MI][N / 2], FactorUnit
 #pragma unroll
             for (int mi = 0; mi < MI; ++mi) {
                 unit[mi].template operands<BF16>(a[mi]);
-                const u32 scales[2] = {H::pack(unit[mi].scale(0), unit[mi].scale(0)), H::pack(unit[mi].scale(1), unit[mi].scale(1))};
+                u32 scales[2];
+#pragma unroll
+                for (int r = 0; r < 2; ++r) scales[r] = H::pack(unit[mi].scale(r), unit[mi].scale(r));
 #pragma unroll
                 for (int j = 0; j < 16; ++j) a[mi][j] = H::fma(a[mi][j], scales[j % 2], 0);
                 wgmma_fence();
@@ -652,8 +655,7 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
     if (thread >= C::CONSUMERS) {  // producer
         if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (thread >= C::CONSUMERS + WARP) return;
-        produce<C, B, MAX_B, U, G, NT, MODE, MI, WGS, KW, FB>(p, schedule, x_map, other_map, t_map, works, ring, bars,
-                                                                   lane);
+        produce<C, B, MAX_B, U, G, NT, MODE, MI, WGS, KW, FB>(p, schedule, x_map, other_map, t_map, works, ring, bars, lane);
     } else {  // consumers
         if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         // through a shuffle, so that the compiler knows it to be the same for the whole warp, and with it the addresses of
@@ -717,8 +719,8 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
                 }
                 if constexpr (FB > 0 && !C::BYTES)
                     if (u)
-                        accumulate_t<FB, FU, BF16, N, MI>(acc, units, p.add, u, row_block, ring, STAGE, bars, p.stages, stage, phase, kw,
-                                                           lane);
+                        accumulate_t<FB, FU, BF16, N, MI>(acc, units, p.add, u, row_block, ring, STAGE, bars, p.stages, stage,
+                                                          phase, kw, lane);
                 if (has_column) columns[thread] = column;  // not before: they are still on their way
                 if constexpr (KW > 1) add_columns<N, MI, WGS, KW, C::CONSUMERS>(acc, sums, wg, kw, thread);
                 if (KW == 1 && MODE == DOWN) named_barrier(1, C::CONSUMERS);  // columns are there
