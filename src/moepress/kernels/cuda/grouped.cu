@@ -68,12 +68,14 @@ struct alignas(16) Work {
     int expert;  // -1: no more
     int token, tokens, row_block;
     int split;   // PLAIN; of v: 1
-    int bits, centre, unused;
+    int bits, centre;
+    const u8* u;  // of its compensator; null: none
 
     // Known to the compiler to be the same for the whole warp, and with it the stage, of which it makes descriptors.
-    __device__ __forceinline__ Work uniform() const {
-        auto first = [](int x) { return __shfl_sync(~0u, x, 0); };
-        return {first(expert), first(token), first(tokens), first(row_block), first(split), first(bits), first(centre)};
+    template <bool FACTORS> __device__ __forceinline__ Work uniform() const {
+        auto first = [](auto x) { return __shfl_sync(~0u, x, 0); };
+        return {first(expert), first(token), first(tokens), first(row_block), first(split), first(bits), first(centre),
+                FACTORS ? reinterpret_cast<const u8*>(first(reinterpret_cast<u64>(u))) : nullptr};
     }
 
     template <int MODE> __device__ int first_record(const Arguments& p) const {
@@ -196,16 +198,58 @@ template <int U, int G, int NT, int MI, int WGS, int KW, int FB> struct Config {
     }
 };
 
-// The columns of one tile of N tokens, in stages that have room for NT, for one consumer warpgroup.
-template <typename C, int B, int MAX_B, int U, int G, bool BF16, int NT, int N, int MI, int WGS, int KW>
-__device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], u32 stages_at, u32 stage_bytes, u32 bars, int stages,
+// Unit `i` of u for a row block.
+template <int FB, int FU>
+__device__ __forceinline__ void load_u(FactorUnit<FB>& unit, const Compensators& f, const u8* u, int i, int row_block, int lane) {
+    unit.template load<FU>(locate(u, row_block, i / FU, f.u_records, Record<FU, UNIT>::bytes(FB)), i % FU, lane);
+}
+
+// u t of wide tiles: t's units are stages after those of x, u is in registers, the first unit since before W's products.
+template <int FB, int FU, bool BF16, int MI> struct Added {
+    FactorUnit<FB> unit[MI];
+    const Compensators& f;
+    const u8* u;  // null: none
+    int row_block;
+
+    __device__ __forceinline__ Added(const Compensators& f, const u8* u, int row_block) : f(f), u(u), row_block(row_block) {}
+    __device__ __forceinline__ int units() const { return u ? (f.columns + UNIT - 1) / UNIT : 0; }
+    __device__ __forceinline__ void load(int i, int lane) {
+#pragma unroll
+        for (int mi = 0; mi < MI; ++mi) load_u<FB, FU>(unit[mi], f, u, i, row_block + 4 * mi, lane);
+    }
+    // acc += u's unit times a stage's t.
+    template <int N> __device__ __forceinline__ void multiply(float (&acc)[MI][N / 2], u64 tile) const {
+        using H = Half<BF16>;
+#pragma unroll
+        for (int mi = 0; mi < MI; ++mi) {
+            u32 a[16], scales[2];
+            unit[mi].template operands<BF16>(a);
+#pragma unroll
+            for (int r = 0; r < 2; ++r) scales[r] = H::pack(unit[mi].scale(r), unit[mi].scale(r));
+#pragma unroll
+            for (int j = 0; j < 16; ++j) a[j] = H::fma(a[j], scales[j % 2], 0);
+            wgmma_fence();
+#pragma unroll
+            for (int j = 0; j < 4; ++j) Wgmma<N, BF16>::run(acc[mi], a + 4 * j, descriptor(tile + 2 * j));
+            wgmma_commit();
+            wgmma_wait<0>();  // registers of one row tile at a time: with two they did not suffice
+        }
+    }
+};
+
+// The columns of one tile of N tokens, in stages that have room for NT, for one consumer warpgroup; and those of t, in the same
+// loop: with a loop for each the compiler made every descriptor by hand, 7 % of Mixtral's time at 64 tokens.
+template <typename C, int B, int MAX_B, int U, int G, bool BF16, int NT, int N, int MI, int WGS, int KW, int FB, typename A>
+__device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], A& added, u32 stages_at, u32 stage_bytes, u32 bars, int stages,
                                            int& stage, u32& phase, int records, int wg, int kw, int lane, int warp, int bits,
                                            int centre) {
     constexpr int STEP = C::STEP;
     u32 a[2][16];
     int held = -1;  // the stage that the last products still read
     const u32 size = Record<U, G>::bytes(B ? B : bits);
-    for (int record = 0; record < records; record += KW * STEP) {
+    const int rounds = (records + KW * STEP - 1) / (KW * STEP), more = FB > 0 ? added.units() : 0;
+    for (int round = 0; round < rounds + more; ++round) {
+        const int record = round * KW * STEP;
         mbarrier_wait(bars + 16 * stage, phase);
         if (record + kw * STEP < records) {
             const u32 at = stages_at + stage * stage_bytes, w = at + C::X_BYTES, tile = swizzled_tile(at + kw * 4 * N * 128);
@@ -235,6 +279,11 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], u32 stages_a
             wgmma_wait<0>();
             if (lane == 0) mbarrier_arrive(bars + 16 * held + 8);
         }
+        if constexpr (FB > 0)
+            if (kw == 0 && round >= rounds) {
+                if (round > rounds) added.load(round - rounds, lane);
+                added.template multiply<N>(acc, swizzled_tile(stages_at + stage * stage_bytes));
+            }
         held = stage;
         if (++stage == stages) stage = 0, phase ^= 1;
     }
@@ -338,12 +387,6 @@ __device__ __forceinline__ void load_t(u32 (&b)[8], const u16* row, int unit, in
     for (int i = 0; i < 2; ++i) b[4 * i] = v[i].x, b[4 * i + 1] = v[i].y, b[4 * i + 2] = v[i].z, b[4 * i + 3] = v[i].w;
 }
 
-// Unit `i` of u for a row block.
-template <int FB, int FU>
-__device__ __forceinline__ void load_u(FactorUnit<FB>& unit, const Compensators& f, const u8* u, int i, int row_block, int lane) {
-    unit.template load<FU>(locate(u, row_block, i / FU, f.u_records, Record<FU, UNIT>::bytes(FB)), i % FU, lane);
-}
-
 // u t for a row block and a tile of 8 tokens. What a first unit takes is asked for before W's products: one trip to memory a
 // tile was 5 % of Mixtral's time at 8 tokens.
 template <int FB, int FU, bool BF16> struct Compensator {
@@ -359,7 +402,7 @@ template <int FB, int FU, bool BF16> struct Compensator {
     __device__ __forceinline__ void load_row(const Compensators& f, int i, int lane) { load_t(t, row, i, f.columns, lane); }
 
     __device__ __forceinline__ void begin(const Compensators& f, const Work& work, int row_block, bool t_is_there, int lane) {
-        u = f.u[work.expert].records;
+        u = work.u;
         if (!u) return;
         this->row_block = row_block, row = lane / 4 < work.tokens ? f.t + (u64)(work.token + lane / 4) * f.columns : nullptr;
         load_unit(f, 0, lane);
@@ -377,41 +420,6 @@ template <int FB, int FU, bool BF16> struct Compensator {
         }
     }
 };
-
-// The same for wide tiles: t's units are stages of their own, after those of x; u's first has been asked for.
-template <int FB, int FU, bool BF16, int N, int MI>
-__device__ __forceinline__ void accumulate_t(float (&acc)[MI][N / 2], FactorUnit<FB> (&unit)[MI], const Compensators& f,
-                                             const u8* u, int row_block, u32 stages_at, u32 stage_bytes, u32 bars, int stages,
-                                             int& stage, u32& phase, int kw, int lane) {
-    using H = Half<BF16>;
-    for (int i = 0; i < (f.columns + UNIT - 1) / UNIT; ++i) {
-        if (kw == 0 && i > 0)
-#pragma unroll
-            for (int mi = 0; mi < MI; ++mi) load_u<FB, FU>(unit[mi], f, u, i, row_block + 4 * mi, lane);
-        mbarrier_wait(bars + 16 * stage, phase);
-        if (kw == 0) {
-            const u32 tile = swizzled_tile(stages_at + stage * stage_bytes);
-            u32 a[MI][16];
-#pragma unroll
-            for (int mi = 0; mi < MI; ++mi) {
-                unit[mi].template operands<BF16>(a[mi]);
-                u32 scales[2];
-#pragma unroll
-                for (int r = 0; r < 2; ++r) scales[r] = H::pack(unit[mi].scale(r), unit[mi].scale(r));
-#pragma unroll
-                for (int j = 0; j < 16; ++j) a[mi][j] = H::fma(a[mi][j], scales[j % 2], 0);
-                wgmma_fence();
-#pragma unroll
-                for (int j = 0; j < 4; ++j) Wgmma<N, BF16>::run(acc[mi], a[mi] + 4 * j, descriptor(tile + 2 * j));
-                wgmma_commit();
-            }
-            wgmma_wait<0>();
-        }
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(bars + 16 * stage + 8);
-        if (++stage == stages) stage = 0, phase ^= 1;
-    }
-}
 
 // A warp's 16 rows of t for a tile of 8 tokens; then says so.
 template <bool BF16>
@@ -552,7 +560,7 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
             if (lane == 0) atomicAdd(p.add.done, min(4 * WGS, p.add.v_row_blocks - work.row_block));
             continue;
         }
-        work.bits = e.word_bits, work.centre = e.centre;
+        work.bits = e.word_bits, work.centre = e.centre, work.u = FB > 0 ? p.add.u[work.expert].records : nullptr;
         const u32 size = of_v ? Record<U, UNIT>::bytes(FB) : Record<U, G>::bytes(B ? B : e.word_bits);
         const int groups = min(MI * WGS, ((of_v ? p.add.v_row_blocks : p.row_blocks) - work.row_block + 3) / 4);
         const u8* from = e.records + (u64)work.row_block * p.records * size;
@@ -575,7 +583,7 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
             if (++stage == p.stages) stage = 0, phase ^= 1;
         }
         if constexpr (FB > 0 && !C::BYTES) {
-            const int units = p.add.u[work.expert].records ? (p.add.columns + UNIT - 1) / UNIT : 0;
+            const int units = work.u ? (p.add.columns + UNIT - 1) / UNIT : 0;
             for (int unit = 0; unit < units; ++unit) {
                 const u32 full = bars + 16 * stage;
                 mbarrier_wait(full + 8, phase);
@@ -667,13 +675,13 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
         bool t_is_there = false;
         for (;; turn ^= 1) {
             mbarrier_wait(bars + 16 * stage, phase);
-            const Work work = works[stage].uniform();
+            const Work work = works[stage].template uniform<(FB > 0)>();
             if (work.expert < 0) return;
             Columns *columns = all_columns[turn], column;
             const bool has_column = MODE == DOWN && thread < NT && thread < work.tokens;
             if (has_column) column = {p.pairs[work.token + thread], p.weights[work.token + thread]};
             const int bits = B ? B : work.bits, records = work.template records<MODE>(p);
-#define WHERE acc, ring, STAGE, bars, p.stages, stage, phase, records, wg, kw, lane, warp
+#define WHERE ring, STAGE, bars, p.stages, stage, phase, records, wg, kw, lane, warp
 #define BYTES(...)                                                                                                          \
     accumulate_bytes<C, __VA_ARGS__, Record<U, G>::SEGMENTS, WGS, KW>(acc, ring, STAGE, C::sums_at(MAX_B), bars, p.stages,   \
                                                                       stage, phase, records, wg, kw, lane, warp, live)
@@ -699,16 +707,10 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
                 for (int mi = 0; mi < MI; ++mi)
 #pragma unroll
                     for (int i = 0; i < N / 2; ++i) acc[mi][i] = 0.f;
-                FactorUnit<FB ? FB : 1> units[MI];
-                const u8* u = nullptr;
-                if constexpr (FB > 0 && !C::BYTES) {
-                    u = p.add.u[work.expert].records;
-                    if (u && kw == 0)
-#pragma unroll
-                        for (int mi = 0; mi < MI; ++mi) load_u<FB, FU>(units[mi], p.add, u, 0, row_block + 4 * mi, lane);
-                }
                 if constexpr (!C::BYTES) {
-                    accumulate<C, B, MAX_B, U, G, BF16, NT, N, MI, WGS, KW>(WHERE, bits, work.centre);
+                    Added<FB ? FB : 1, FU ? FU : 1, BF16, MI> added(p.add, work.u, row_block);
+                    if (FB > 0 && work.u && kw == 0) added.load(0, lane);
+                    accumulate<C, B, MAX_B, U, G, BF16, NT, N, MI, WGS, KW, FB>(acc, added, WHERE, bits, work.centre);
                 } else {
                     if constexpr (B) BYTES(B, U, G);
                     else if (bits == 1) BYTES(1, U, G);
@@ -717,10 +719,6 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
                     else if (MAX_B == 4 || bits == 4) BYTES(4, U, G);
                     else BYTES(MAX_B, U, G);
                 }
-                if constexpr (FB > 0 && !C::BYTES)
-                    if (u)
-                        accumulate_t<FB, FU, BF16, N, MI>(acc, units, p.add, u, row_block, ring, STAGE, bars, p.stages, stage,
-                                                          phase, kw, lane);
                 if (has_column) columns[thread] = column;  // not before: they are still on their way
                 if constexpr (KW > 1) add_columns<N, MI, WGS, KW, C::CONSUMERS>(acc, sums, wg, kw, thread);
                 if (KW == 1 && MODE == DOWN) named_barrier(1, C::CONSUMERS);  // columns are there
