@@ -133,6 +133,25 @@ def test_bytes_are_passed_on_in_segments_of_one_size(up: int, down: int, passes:
     assert not choose.passes_bytes(choose.Tile(8, 1, 1, 1), gate_up, tiles[1], other), "half a unit"
 
 
+def test_few_tokens_pass_bytes_on_where_segments_are_whole() -> None:
+    def passes(
+        hidden: int, inner: int, tokens: int, slots: int, *, up: int = 64, down: int = 64, cores: int = 132
+    ) -> bool:
+        gate_up, other = (
+            choose.Bank((RecordLayout(*shape, 3, group),))
+            for *shape, group in ((2 * inner, hidden, up), (hidden, inner, down))
+        )
+        team = choose.gemv_teams("GATE_UP", gate_up, tokens, slots, cores)[0]
+        return choose.gemv_passes_bytes(team, gate_up, other, tokens, slots, cores)
+
+    assert passes(2048, 768, 8, 8) and passes(2048, 1408, 8, 6) and passes(4096, 14336, 2, 2), "as measured"
+    assert not passes(2048, 768, 1, 8) and not passes(2048, 768, 2, 8), "too little to save"
+    assert not passes(2048, 720, 8, 8), "half a segment"
+    assert not passes(2048, 768, 8, 8, down=32) and passes(2048, 768, 8, 8, down=128)
+    assert not passes(2048, 1408, 8, 6, cores=8), "more segments than a block has room for"
+    assert not passes(2048, 192, 8, 6), "fewer than eight groups"
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_a_matrix_brings_its_middle_code(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """5- and 6-bit codes lie in words of 8: scaled around 128, they would round 15 times as badly."""

@@ -23,6 +23,8 @@ GEMV_STATIC = 40_000
 """More shared bytes than any instance of `gemv` declares for itself; the largest has 38,912."""
 MAX_TOKENS, MAX_PAIRS = 8, 64
 """Most tokens of a launch of `gemv`, and most pairs of token and expert where tokens are several."""
+MAX_SEGMENTS = 16
+"""Segments of 64 results that a block of `gemv` makes bytes of, at most."""
 EXAMPLES = 2, 16, 64, 257, 1000
 """Numbers of tokens, on average of an expert, that ask for every best tile there is."""
 MOST_TOKENS = 1 << 15
@@ -72,6 +74,11 @@ class Bank:
     def row_blocks(self) -> int:
         """Blocks of 16 rows that are not all padding."""
         return -(-self.any.rows // 16)
+
+    @property
+    def units(self) -> int:
+        """Of 64 columns, of a row; padding of the last record included."""
+        return self.any.records_per_row_block * self.any.units
 
     @property
     def segments(self) -> int:
@@ -149,12 +156,28 @@ class Room:
 
 
 def gemv_room(mode: Mode, bank: Bank, ranks: Ranks | None, tokens: int, slots: int, team: Team) -> Room:
-    layout, several = bank.any, tokens > 1
-    units = layout.records_per_row_block * layout.units
     rows = tokens * slots if mode == "DOWN" else tokens
-    words = units * 32 + units * bank.segments * 2 + 2 * several
+    words = bank.units * 32 + gemv_row_sums(bank, tokens)
     record = max(bank.record_bytes, ranks.v_record_bytes if ranks else 0)
-    return Room(4 * rows * words, team.warps * team.groups * (record + 8))
+    return Room(_up(4 * rows * words, 16), team.warps * team.groups * (record + 8))
+
+
+def gemv_row_sums(bank: Bank, tokens: int) -> int:
+    """Floats of scales and sums that `gemv` has of a row of x; of several rows with padding."""
+    return bank.units * bank.segments * 2 + (2 if tokens > 1 else 0)
+
+
+def gemv_passes_bytes(team: Team, gate_up: Bank, down: Bank, tokens: int, slots: int, processors: int) -> bool:
+    """Whether `gemv` of gate and up, with such a team, makes the bytes that down takes.
+
+    A block has 64 results, a segment, in the eight row blocks of its eight groups; so whole segments, and only in
+    segments of their own groups' size. With other teams whole segments would take more turns, and with few rows less
+    is saved than whole segments cost (Qwen3-30B-A3B's two tokens 20.1 us for 19.0 on an H200).
+    """
+    segments = -(-tokens * slots * gate_up.row_blocks // (8 * processors))
+    fits = gate_up.row_blocks == 8 * down.units and gate_up.segments == down.segments
+    enough = tokens > 1 and tokens * slots * down.units >= 256
+    return enough and team.groups == 8 and fits and segments <= MAX_SEGMENTS
 
 
 @dataclass(frozen=True)

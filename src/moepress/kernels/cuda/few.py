@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -14,10 +15,19 @@ from moepress.kernels.cuda.functions import address, find_kernel, is_bf16, proce
 from moepress.kernels.cuda.launch import Function
 
 _Arguments = structure(
-    "_Arguments", "x y bias", "ids weights",
+    "_Arguments", "x y bias passed_bytes passed_sums", "ids weights",
     "ids_wide weights_wide tokens slots num_experts n k records row_blocks stages",
 )  # fmt: skip
 _Compensators = structure("_Compensators", "v u t counters", "", "columns v_row_blocks v_records u_records")
+
+
+class _Passed(NamedTuple):
+    """The intermediate as bytes (bytes.cuh), as `gemv` of down has it in shared memory."""
+
+    bytes: torch.Tensor
+    """As many bytes as 16-bit [P, I] has, I in whole units, in a tensor of that shape and dtype."""
+    sums: torch.Tensor
+    """Scales and sums of its segments, float32, P rows one after the other, padded to 16 bytes in all."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ def few_linear(
     """x [1, K] (W + u v)^T (+ bias) into y [1, N]; False, and no launch, where x needs too much shared memory."""
     if not (plan := _plan("DENSE", bank.shape, factors and _ranks(factors), x.dtype, 1, 1, x.device.index)):
         return False
-    _launch(plan, x, y, bank, factors, None, None, 1, 1, y.shape[1], bias)
+    _launch(plan, x, y, bank, factors, None, None, 1, 1, x.shape[1], y.shape[1], bias)
     return True
 
 
@@ -63,9 +73,15 @@ def few_experts(
     ]
     if plans[0] is None or plans[1] is None:
         return False
-    h = x.new_empty(tokens * slots, intermediate)
-    _launch(plans[0], x, h, gate_up, gate_up_factors, ids, None, tokens, slots, intermediate)
-    _launch(plans[1], h, y, down, down_factors, ids, weights, tokens, slots, x.shape[1])
+    pairs, processors = tokens * slots, processors_of(x.device.index)
+    passed = None
+    if choose.gemv_passes_bytes(plans[0].team, gate_up.shape, down.shape, tokens, slots, processors):
+        floats = choose.gemv_row_sums(down.shape, tokens)
+        sums = torch.empty(-(-pairs * floats // 4) * 4, dtype=torch.float32, device=x.device)
+        passed = _Passed(x.new_empty(pairs, 64 * down.shape.units), sums)
+    h = None if passed else x.new_empty(pairs, intermediate)
+    _launch(plans[0], x, h, gate_up, gate_up_factors, ids, None, tokens, slots, x.shape[1], intermediate, passed=passed)
+    _launch(plans[1], h, y, down, down_factors, ids, weights, tokens, slots, intermediate, x.shape[1], passed=passed)
     return True
 
 
@@ -98,28 +114,31 @@ def gemv_instance(
 
 def _launch(
     plan: _Plan,
-    x: torch.Tensor,
-    y: torch.Tensor,
+    x: torch.Tensor | None,
+    y: torch.Tensor | None,
     bank: RecordBank,
     factors: Factors | None,
     ids: torch.Tensor | None,
     weights: torch.Tensor | None,
     tokens: int,
     slots: int,
+    k: int,
     columns: int,
     bias: torch.Tensor | None = None,
+    passed: _Passed | None = None,
 ) -> None:
-    shape, layout = bank.shape, bank.shape.any
+    shape, layout, device = bank.shape, bank.shape.any, bank.table.device
     arguments = _Arguments(
-        x.data_ptr(), y.data_ptr(), address(bias), bank.argument, address(ids), address(weights),
+        address(x), address(y), address(bias), *map(address, passed or (None, None)), bank.argument, address(ids),
+        address(weights),
         int(ids is not None and ids.dtype == torch.int64), int(weights is not None and weights.dtype == torch.float32),
-        tokens, slots, len(bank.where), columns, x.shape[1], layout.records_per_row_block, shape.row_blocks,
+        tokens, slots, len(bank.where), columns, k, layout.records_per_row_block, shape.row_blocks,
         plan.stages,
     )  # fmt: skip
-    compensators, blocks = _Compensators(), processors_of(x.device.index)
+    compensators, blocks = _Compensators(), processors_of(device.index)
     if factors:
         v, u = factors.v.shape, factors.u.shape.any
-        t = x.new_empty(tokens * slots, v.any.rows)
+        t = torch.empty(tokens * slots, v.any.rows, dtype=torch.bfloat16, device=device)  # or another type of 16 bits
         compensators = _Compensators(
             factors.v.table.data_ptr(), factors.u.table.data_ptr(), t.data_ptr(), factors.v.counters.data_ptr(),
             v.any.rows, v.row_blocks, v.any.records_per_row_block, u.records_per_row_block,

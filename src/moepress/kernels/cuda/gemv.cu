@@ -8,7 +8,8 @@
 // The warps of a block share the columns of a row block and add up in their order, so results do not depend on the grid
 // and repeat bitwise.
 //
-// With several tokens an expert is read once and multiplied with those that chose it, four at a time.
+// With several tokens an expert is read once and multiplied with those that chose it, four at a time. What gate and up make of
+// x they leave as bytes: else every multiprocessor would convert the rows of all pairs, 4 us of 44 for Qwen3's eight tokens.
 //
 // Compensators W + u v: some groups first multiply v and publish t = v x; at the end of each row block a warp adds u t, for
 // which it waits until t is complete. Row blocks of v go to the first blocks, which start first: nobody waits for a block
@@ -16,10 +17,17 @@
 #include "bytes.cuh"
 #include "factor.cuh"
 
+// Gate and up's results as down has them in shared memory, row after row; of several tokens.
+struct Passed {
+    u32* bytes;   // [tokens * slots][units][UNIT_WORDS]; null: down makes them of 16 bits
+    float* sums;  // [tokens * slots][row_sums]
+};
+
 struct Arguments {
     const u16* x;           // DENSE, GATE_UP [tokens, k], DOWN [tokens * slots, k]
     u16* y;                 // DENSE, DOWN [tokens, n], GATE_UP [tokens * slots, n]
     const u16* bias;        // DENSE [n] or null
+    Passed passed;          // GATE_UP, where there are eight groups, and DOWN
     Bank bank;
     const void* ids;        // [tokens * slots], int64 where ids_wide, else int32; outside 0..num_experts-1: run nothing.
                             // A token's ids differ from each other.
@@ -45,6 +53,7 @@ constexpr int MAX_SLOTS = 32;
 constexpr int MAX_TOKENS = 8;
 constexpr int MAX_PAIRS = 64;  // of several tokens
 constexpr int MAX_EXPERTS = 512;
+constexpr int MAX_SEGMENTS = 16;  // of 64 results of gate and up that a block makes bytes of
 
 // ---- who runs -----------------------------------------------------------------------------------------------------
 
@@ -157,6 +166,9 @@ struct Staged {
     int rows, words, row_sums, units;  // words and sums from row to row
 };
 
+// Floats of a row's sums; with padding, so that tokens' sums meet no bank twice.
+template <int NT> __device__ __forceinline__ int row_sums(int segments) { return segments * SUM_FLOATS + (NT > 1 ? 2 : 0); }
+
 // Octet `o` of a row. All lanes.
 template <int G, bool BF16>
 __device__ __forceinline__ void stage_octet(const Staged& s, const u32 (&octet)[4], int row, int o, bool inside) {
@@ -204,6 +216,18 @@ __device__ void stage_rows(const Staged& s, R row_of, const u32 (&early)[4], int
             if (i == 0 || __shfl_sync(~0u, rows[i], 0) < s.rows) stage_octet<G, BF16>(s, v[i], rows[i], os[i], rows[i] < s.rows);
         first = false;
     }
+}
+
+// Rows that are bytes already. All threads.
+__device__ __forceinline__ void copy_rows(const Staged& s, const Passed& from) {
+    const int bytes = s.rows * s.words * 4, sums = s.rows * s.row_sums * 4;
+    const u32 x_at = shared_address(s.x), sums_at = shared_address(s.sums);
+    for (int at = 16 * threadIdx.x; at < bytes; at += 16 * blockDim.x)
+        copy16(x_at + at, reinterpret_cast<const u8*>(from.bytes) + at, true);
+    for (int at = 16 * threadIdx.x; at < sums; at += 16 * blockDim.x)
+        copy16(sums_at + at, reinterpret_cast<const u8*>(from.sums) + at, true);
+    copy_commit();
+    copy_wait<0>();
 }
 
 // ---- one record ---------------------------------------------------------------------------------------------------
@@ -380,6 +404,43 @@ __device__ void finish_row(const Arguments& p, const Active<NT>& active, const f
     }
 }
 
+// 64 results of gate and up for the tokens of an expert, and how many of the eight row blocks are there.
+template <int NT> struct alignas(16) Segment {
+    u16 h[NT][UNIT];
+    int stored, unused[3];
+};
+
+// The same of gate and up where down takes bytes: eight groups have a segment's results between them, and the last of them
+// makes the bytes.
+template <int G, bool BF16, int NT, int WARPS>
+__device__ void pass_row(const Arguments& p, const Active<NT>& active, const float* parts, Segment<NT>& segment, int slot,
+                         int row_block, int lane) {
+    for (int i = lane; i < ROWS * NT; i += WARP) {
+        const int row = i % ROWS, column = i / ROWS;
+        const float sum = add_parts<NT, WARPS>(parts, column, row), up = __shfl_down_sync(~0u, sum, 8, 16);
+        const bool real = row_block * 8 + row < p.n;
+        if (row < 8) segment.h[column][row_block % 8 * 8 + row] = real ? round16<BF16>(silu(sum) * up) : u16(0);
+    }
+    __syncwarp();
+    int before = 0;
+    if (lane == 0) __threadfence_block(), before = atomicAdd(&segment.stored, 1);
+    if (__shfl_sync(~0u, before, 0) < 7) return;
+    __threadfence_block();
+    const int column = lane / 8, octet = lane % 8, pair = active.pair[slot][column], unit = row_block / 8, units = p.row_blocks / 8;
+    const uint4 own = *reinterpret_cast<const uint4*>(segment.h[column] + 8 * octet);
+    const u32 h[4] = {own.x, own.y, own.z, own.w};
+    Bytes bytes;
+    bytes.make<G, BF16>(h, octet);
+    if (pair < 0) return;
+    u32* words = p.passed.bytes + ((u64)pair * units + unit) * UNIT_WORDS + Bytes::at(octet, 0);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) words[4 * i] = bytes.high[i], words[4 * i + 16] = bytes.low[i];
+    constexpr int SEGMENTS = Record<1, G>::SEGMENTS;
+    const int at = (unit * SEGMENTS + octet / (8 / SEGMENTS)) * SUM_FLOATS;
+    if (Bytes::has_sums<G>(octet))
+        *reinterpret_cast<float2*>(p.passed.sums + (u64)pair * row_sums<NT>(units * SEGMENTS) + at) = make_float2(bytes.scale, bytes.sum);
+}
+
 // The same for a row block of t; then says that this warp has stored its part.
 template <bool BF16, int NT, int COLUMNS, int WARPS, int STORING>
 __device__ void finish_t(const Compensators& f, const Active<NT>& active, const float* parts, int slot, int row_block, int part,
@@ -431,6 +492,8 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ Active<NT> active;
     __shared__ float all_parts[GROUPS][2][WARPS * PARTS * ROWS];
+    constexpr bool PASSES = MODE == GATE_UP && NT > 1 && GROUPS == 8;
+    __shared__ Segment<NT> segments[PASSES ? MAX_SEGMENTS : 1];  // of this block, in the order of their turns
     // by a shuffle: the same for the whole warp, so addresses of rings and records can live in uniform registers
     const int lane = threadIdx.x % WARP, any_warp = __shfl_sync(~0u, threadIdx.x / WARP, 0);
     const int warp = any_warp % WARPS, group = any_warp / WARPS;
@@ -441,8 +504,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     s.units = p.records * U;
     s.rows = MODE == DOWN ? pairs : p.tokens;
     s.words = s.units * UNIT_WORDS;
-    // padding, so that tokens' sums meet no bank twice
-    s.row_sums = s.units * SEGMENTS * 2 + (NT > 1 ? 2 : 0);
+    s.row_sums = row_sums<NT>(s.units * SEGMENTS);
     s.x = reinterpret_cast<u32*>(bars + WARPS * GROUPS * p.stages);
     s.sums = reinterpret_cast<float*>(s.x + s.rows * s.words);
 
@@ -458,11 +520,13 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     constexpr bool EARLY = MODE == GATE_UP && NT == 1;
     u32 early[4] = {0, 0, 0, 0};
     if (EARLY && 8 * threadIdx.x < p.k) load_octet<BF16>(early, p.x, 8 * threadIdx.x, p.k);
+    if (PASSES && threadIdx.x < MAX_SEGMENTS) segments[threadIdx.x].stored = 0;
     find_active<BF16, NT, MODE, FACTORS>(active, p, f);
     const int count = active.count;
 
-    // the first row blocks go to different multiprocessors
-    const int first = blockIdx.x + group * gridDim.x, stride = gridDim.x * GROUPS;
+    // the first row blocks go to different multiprocessors, whole segments to those from the last, since the first multiply v
+    const int first = PASSES && p.passed.bytes ? (gridDim.x - 1 - blockIdx.x) * 8 + group : blockIdx.x + group * gridDim.x;
+    const int stride = gridDim.x * GROUPS;
     const Steps<WARPS, MODE> steps(p, first, stride, warp);
     Cursor<WARPS, MODE> ahead(steps, first, warp), here = ahead;
     const u8* row = nullptr;  // of records that `ahead` is in; null at the end
@@ -508,7 +572,8 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         if (MODE != DOWN || NT > 1) return p.x + (u64)row * p.k;
         return row < count ? p.x + (u64)active.pair[row][0] * p.k : nullptr;
     };
-    stage_rows<G, BF16, NT, EARLY>(s, row_of, early, p.k);
+    if (MODE == DOWN && NT > 1 && p.passed.bytes) copy_rows(s, p.passed);
+    else stage_rows<G, BF16, NT, EARLY>(s, row_of, early, p.k);
     __syncthreads();
 
     // the staged row of the input of an expert's column; any for columns without a token
@@ -552,6 +617,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     }
 
     bool t_is_there = false;
+    Segment<NT>* segment = segments;
     for (; !here.done(p, count); ++turn) {
         const int row_block = here.row_block, row_slot = here.slot;
         const u32 row_x = x_of(row_slot, 0), row_sums = sums_of(row_slot, 0);
@@ -613,8 +679,13 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         }
         if constexpr (!SCATTERS) put_part<NT>(own, y, lane);
         named_barrier(1 + group, WARPS * WARP);
-        if (storing() < STORING)
+        const bool passes = PASSES && p.passed.bytes;
+        if constexpr (PASSES)
+            if (passes && storing() == 0)
+                pass_row<G, BF16, NT, WARPS>(p, active, parts[turn % 2], *segment, row_slot, row_block, lane);
+        if (!passes && storing() < STORING)
             finish_row<BF16, NT, PARTS, MODE, WARPS, STORING>(p, active, parts[turn % 2], row_slot, row_block, storing(), lane);
+        if (PASSES) ++segment;
         here.next_row(p, steps, stride, warp);
     }
     if constexpr (FACTORS) {  // the last block to end leaves the counters as it found them
