@@ -31,7 +31,10 @@ GEMV: dict[str, Edits] = {
         ),
     ),
     "no v": (("const int items = FACTORS ? active.compensated_count * f.v_row_blocks : 0;", "const int items = 0;"),),
-    "x not converted": (("stage_rows<G, BF16, NT, EARLY>(s, row_of, early, p.k);", ""),),
+    "x not converted": (
+        ("if (MODE == DOWN && NT > 1 && p.passed.bytes) copy_rows(s, p.passed);", ""),
+        ("else stage_rows<G, BF16, NT, EARLY>(s, row_of, early, p.k);", ""),
+    ),
     "records not multiplied": (("multiply_any<B, U, G>(part, ring.head(), x, sums, bits, lane);", ""),),
 }
 _NO_WAITING = ("if (!t_is_there) {", "if (false) {")
