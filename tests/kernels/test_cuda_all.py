@@ -32,7 +32,7 @@ TOKENS = (1, 3, 8, 9, 40, 130, 300)
 
 
 @pytest.mark.parametrize("rank", [0, 32])
-@pytest.mark.parametrize("shape", [(6, 2, 136, 40), (8, 2, 512, 640)])
+@pytest.mark.parametrize("shape", [(6, 2, 136, 40), (8, 4, 512, 640)])
 def test_experts(shape: tuple[int, ...], rank: int) -> None:
     for tokens in TOKENS:
         problem = Problem("moe", shape, tokens, rank=rank if shape[2] % 64 == 0 else 0)
