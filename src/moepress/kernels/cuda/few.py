@@ -44,7 +44,7 @@ def few_linear(
     """x [1, K] (W + u v)^T (+ bias) into y [1, N]; False, and no launch, where x needs too much shared memory."""
     if not (plan := _plan("DENSE", bank.shape, factors and _ranks(factors), x.dtype, 1, 1, x.device.index)):
         return False
-    _launch(plan, x, y, bank, factors, None, None, 1, 1, x.shape[1], y.shape[1], bias)
+    _launch(plan, x, y, bank, factors, None, None, 1, 1, y.shape[1], bias)
     return True
 
 
@@ -79,9 +79,9 @@ def few_experts(
         floats = choose.gemv_row_sums(down.shape, tokens)
         sums = torch.empty(-(-pairs * floats // 4) * 4, dtype=torch.float32, device=x.device)
         passed = _Passed(x.new_empty(pairs, 64 * down.shape.units), sums)
-    h = None if passed else x.new_empty(pairs, intermediate)
-    _launch(plans[0], x, h, gate_up, gate_up_factors, ids, None, tokens, slots, x.shape[1], intermediate, passed=passed)
-    _launch(plans[1], h, y, down, down_factors, ids, weights, tokens, slots, intermediate, x.shape[1], passed=passed)
+    h = passed.bytes if passed else x.new_empty(pairs, intermediate)
+    _launch(plans[0], x, h, gate_up, gate_up_factors, ids, None, tokens, slots, intermediate, passed=passed)
+    _launch(plans[1], h, y, down, down_factors, ids, weights, tokens, slots, x.shape[1], passed=passed)
     return True
 
 
@@ -114,31 +114,30 @@ def gemv_instance(
 
 def _launch(
     plan: _Plan,
-    x: torch.Tensor | None,
-    y: torch.Tensor | None,
+    x: torch.Tensor,
+    y: torch.Tensor,
     bank: RecordBank,
     factors: Factors | None,
     ids: torch.Tensor | None,
     weights: torch.Tensor | None,
     tokens: int,
     slots: int,
-    k: int,
     columns: int,
     bias: torch.Tensor | None = None,
     passed: _Passed | None = None,
 ) -> None:
-    shape, layout, device = bank.shape, bank.shape.any, bank.table.device
+    shape, layout = bank.shape, bank.shape.any
     arguments = _Arguments(
-        address(x), address(y), address(bias), *map(address, passed or (None, None)), bank.argument, address(ids),
+        x.data_ptr(), y.data_ptr(), address(bias), *map(address, passed or (None, None)), bank.argument, address(ids),
         address(weights),
         int(ids is not None and ids.dtype == torch.int64), int(weights is not None and weights.dtype == torch.float32),
-        tokens, slots, len(bank.where), columns, k, layout.records_per_row_block, shape.row_blocks,
+        tokens, slots, len(bank.where), columns, x.shape[1], layout.records_per_row_block, shape.row_blocks,
         plan.stages,
     )  # fmt: skip
-    compensators, blocks = _Compensators(), processors_of(device.index)
+    compensators, blocks = _Compensators(), processors_of(x.device.index)
     if factors:
         v, u = factors.v.shape, factors.u.shape.any
-        t = torch.empty(tokens * slots, v.any.rows, dtype=torch.bfloat16, device=device)  # or another type of 16 bits
+        t = x.new_empty(tokens * slots, v.any.rows)
         compensators = _Compensators(
             factors.v.table.data_ptr(), factors.u.table.data_ptr(), t.data_ptr(), factors.v.counters.data_ptr(),
             v.any.rows, v.row_blocks, v.any.records_per_row_block, u.records_per_row_block,
