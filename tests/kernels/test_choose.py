@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import re
+from importlib import resources
+
 import pytest
 import torch
 from hypothesis import given
@@ -82,6 +85,7 @@ def test_few_tokens(bank: choose.Bank, count: int, slots: int, cores: int, mode:
         room = choose.gemv_room(mode, bank, ranks, count, slots, team)
         stages = room.stages(AVAILABLE)
         assert stages in (0, 2, 3, 4)
+        assert room.inputs % 16 == 0, "they are copied by 16 bytes"
         assert not stages or room.total(stages) + choose.RESERVED <= AVAILABLE
         assert stages == 4 or room.total(max(stages + 1, 2)) + choose.RESERVED > AVAILABLE, "one more would have fitted"
 
@@ -133,6 +137,13 @@ def test_bytes_are_passed_on_in_segments_of_one_size(up: int, down: int, passes:
     assert not choose.passes_bytes(choose.Tile(8, 1, 1, 1), gate_up, tiles[1], other), "half a unit"
 
 
+@pytest.mark.parametrize("name", ["MAX_TOKENS", "MAX_PAIRS", "MAX_SEGMENTS"])
+def test_the_kernel_has_room_for_what_is_chosen(name: str) -> None:
+    """Of shared memory, in arrays of a size that the source says once more."""
+    source = resources.files("moepress.kernels.cuda").joinpath("gemv.cu").read_text()
+    assert re.findall(rf"^constexpr int {name} = (\d+);", source, re.MULTILINE) == [str(getattr(choose, name))]
+
+
 def test_few_tokens_pass_bytes_on_where_segments_are_whole() -> None:
     def passes(
         hidden: int, inner: int, tokens: int, slots: int, *, up: int = 64, down: int = 64, cores: int = 132
@@ -149,7 +160,7 @@ def test_few_tokens_pass_bytes_on_where_segments_are_whole() -> None:
     assert not passes(2048, 720, 8, 8), "half a segment"
     assert not passes(2048, 768, 8, 8, down=32) and passes(2048, 768, 8, 8, down=128)
     assert not passes(2048, 1408, 8, 6, cores=8), "more segments than a block has room for"
-    assert not passes(2048, 192, 8, 6), "fewer than eight groups"
+    assert not passes(2048, 768, 8, 8, cores=4096), "fewer than eight groups"
 
 
 @pytest.mark.parametrize("bits", BITS)
