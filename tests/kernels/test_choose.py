@@ -68,7 +68,16 @@ def test_splits_cover_all_columns(bank: choose.Bank, each: float, experts: int, 
 
 @given(bank=banks(), count=tokens, cores=processors)
 def test_a_tile_fits_any_matrix(bank: choose.Bank, count: int, cores: int) -> None:
-    some_tile_fits(bank, tuple(choose.dense_tiles(bank, count, cores)))
+    tiles, records = choose.dense_tiles(bank, count, cores), bank.any.records_per_row_block
+    some_tile_fits(bank, tuple(tiles))
+    for tile in tiles:
+        splits, size = choose.dense_splits(bank, tile, count, cores)
+        assert (splits - 1) * size < records <= splits * size and splits <= 8, "a part without columns never ends"
+        if splits > 1:
+            blocks = -(-bank.row_blocks // tile.row_blocks) * -(-count // tile.tokens) * splits
+            assert blocks <= cores and tile.column_groups == 1, "a block of a cluster has one tile"
+            ring = tile.stages(bank, choose.WIDE_STAGES) * tile.stage_bytes(bank)
+            assert ring >= 4 * 16 * tile.row_blocks * tile.tokens, "sums lie where the ring was"
 
 
 @given(
@@ -97,7 +106,8 @@ def test_known_layers() -> None:
     assert choose.expert_tiles(gate_up, 2.0)[0] == choose.expert_tiles(down, 2.0)[0] == choose.Tile(8, 1, 2, 2)
     assert choose.expert_tiles(gate_up, 16.0)[0] == choose.Tile(32, 1, 4, 1)
     assert choose.expert_tiles(gate_up, 64.0)[0] == choose.Tile(80, 2, 2, 1)
-    assert choose.expert_tiles(gate_up, 256.0)[0] == choose.Tile(128, 2, 2, 1)
+    assert choose.expert_tiles(gate_up, 200.0)[0] == choose.Tile(128, 2, 2, 1)
+    assert choose.expert_tiles(gate_up, 256.0)[0] == choose.expert_tiles(gate_up, 1024.0)[0] == choose.Tile(144, 2, 2, 1)
     assert choose.expert_tiles(small, 0.5)[0] == choose.Tile(8, 1, 2, 1, blocks=2)
     assert gate_up.template == "3, 3, 4, 64"
     team = choose.gemv_teams("GATE_UP", gate_up, 1, 2, 132)[0]
@@ -106,15 +116,17 @@ def test_known_layers() -> None:
     # both operands of Mixtral's down for one token: 57 KB of intermediate beside two records a warp
     team = choose.gemv_teams("DOWN", down, 1, 2, 132)[0]
     assert team == choose.Team(8, 4) and choose.gemv_room("DOWN", down, None, 1, 2, team).stages(AVAILABLE) == 2
-    assert choose.Tile(80, 2, 2, 1).narrow == 64 and choose.Tile(128, 2, 2, 1).narrow == 96
+    assert [choose.Tile(tokens, 2, 2, 1).narrow for tokens in (80, 128, 144, 152)] == [64, 96, 128, 152]
     assert choose.gemv_teams("DOWN", small, 8, 8, 132) == [choose.Team(32, 1), choose.Team(24, 1), choose.Team(16, 1)]
     mixed = choose.Bank(tuple(RecordLayout(2048, 768, bits, 64) for bits in (1, 2, 3)))
     assert mixed.template == "0, 4, 4, 64" and mixed.record_bytes == 4 * (128 * 4 + 64)
     tall, square = (choose.Bank((RecordLayout(*shape, 3, 64),)) for shape in ((14336, 4096), (8192, 8192)))
     wide = [choose.dense_tiles(bank, 1024, 132)[0].tokens for bank in (tall, square)]
     assert wide == [152, 128], "three rounds of 392 tiles for four of 448; two of 256 either way"
-    assert {tile.tokens for tile in choose.every_dense_tile(tall, 132)} == {8, 32, 128, 152}
-    assert [choose.expert_tiles(mixed, each)[0].tokens for each in (40.0, 64.0, 257.0, 1000.0)] == [80, 80, 96, 128]
+    assert {tile.tokens for tile in choose.every_dense_tile(tall, 132)} == {8, 32, 64, 128, 152}
+    parts = [choose.dense_splits(square, choose.dense_tiles(square, tokens, 132)[0], tokens, 132) for tokens in (64, 256)]
+    assert parts == [(4, 8), (2, 16)], "32 and 64 tiles"
+    assert [choose.expert_tiles(mixed, each)[0].tokens for each in (40.0, 64.0, 140.0, 1000.0)] == [80, 80, 80, 128]
     short = choose.Bank((RecordLayout(2048, 1408, 3, 64),))
     assert (short.any.units, short.step) == (2, 2)
     assert all(tile.stage_bytes(short) == tile.stage_bytes(small) for tile in choose.expert_tiles(small, 100.0)[:2])

@@ -49,11 +49,11 @@ def test_experts(shape: tuple[int, ...], rank: int) -> None:
 @pytest.mark.parametrize("rank", [0, 16])
 def test_linears(rank: int) -> None:
     for tokens in TOKENS:
-        problem = Problem("dense", (72, 128), tokens, rank=rank)
+        problem = Problem("dense", (1032, 4096), tokens, rank=rank)
         (bank,), factors = [make_bank(problem, 0, 0, 0, DEVICE)], factor_banks(problem, 0, 0, 0, DEVICE)
-        x, bias = problem.draw(0, DEVICE).x, torch.randn(72, device=DEVICE)
+        x, bias = problem.draw(0, DEVICE).x, torch.randn(1032, device=DEVICE)
         with torch.no_grad():
-            assert packed_linear(x, bank, spec_of(problem), factors or {}, 72, bias).isfinite().all()
+            assert packed_linear(x, bank, spec_of(problem), factors or {}, 1032, bias).isfinite().all()
 
 
 @pytest.mark.parametrize("experts", [6, 128])

@@ -25,10 +25,12 @@ MAX_TOKENS, MAX_PAIRS = 8, 64
 """Most tokens of a launch of `gemv`, and most pairs of token and expert where tokens are several."""
 MAX_SEGMENTS = 16
 """Segments of 64 results that a block of `gemv` makes bytes of, at most."""
-EXAMPLES = 2, 16, 64, 257, 1000
+EXAMPLES = 2, 16, 64, 160, 257
 """Numbers of tokens, on average of an expert, that ask for every best tile there is."""
 MOST_TOKENS = 1 << 15
 """Tokens for which a dense layer's tiles are known beforehand."""
+_NARROW = {80: 64, 128: 96, 144: 128}
+"""Tokens up to which wide tiles run with smaller products, as `NARROW` in grouped.cu has it."""
 RESERVED = 1024
 """Shared bytes that the system keeps of each block, and those lost to aligning the ring of `grouped`."""
 HOPPER, STATIC = 227 << 10, 40 << 10
@@ -193,8 +195,8 @@ class Tile:
 
     @property
     def narrow(self) -> int:
-        """Tokens up to which a tile runs with smaller products, as `NARROW` in grouped.cu has it."""
-        return min(self.tokens, 96 if self.tokens == 128 else 64) if self.row_tiles > 1 else self.tokens
+        """Tokens up to which a tile runs with smaller products, where widths are not mixed."""
+        return _NARROW.get(self.tokens, self.tokens) if self.row_tiles > 1 else self.tokens
 
     @property
     def row_blocks(self) -> int:
@@ -252,14 +254,26 @@ def expert_tiles(bank: Bank, tokens_each: float) -> Sequence[Tile]:
 
 
 def _wide(bank: Bank, tokens_each: float) -> int:
-    """Tokens of a wide tile. Those of mixed widths have products of one size only, so they come in a third.
+    """Tokens of the wide tile that takes least time for experts whose tokens spread about the average as chance has it.
 
-    A tile takes as long as its columns and 120 more: on an H100 128 columns took 46 us where 96 took 40.
+    Those of mixed widths have products of one size only, so they come in a third.
     """
-    if bank.uniform_bits:
-        return 80 if tokens_each <= 72 else 128
-    most = tokens_each + 1.5 * tokens_each**0.5  # an expert of many has more than the average
-    return min((80, 96, 128), key=lambda tokens: math.ceil(most / tokens) * (tokens + 120))
+    deviation = tokens_each**0.5
+    counts = [max(1, round(tokens_each + by * deviation)) for by in (-1.3, -0.65, 0, 0.65, 1.3)]
+    sizes = [(80, 64), (128, 96), (144, 128)] if bank.uniform_bits else [(each, each) for each in (80, 96, 128)]
+    return min(sizes, key=lambda size: sum(_expert_time(tokens, *size) for tokens in counts))[0]
+
+
+def _expert_time(tokens: int, wide: int, narrow: int) -> float:
+    """Of one row tile, where as few as can be of an expert's tiles are wide."""
+    tiles = -(-tokens // wide)
+    wider = 0 if tokens <= narrow * tiles else -(-(tokens - narrow * tiles) // (wide - narrow))
+    return wider * _tile_time(wide) + (tiles - wider) * _tile_time(narrow)
+
+
+def _tile_time(tokens: int) -> float:
+    """Of a wide tile, in that of a column of one: on an H100 128 columns took 46 us where 96 took 40, and 152 took 57."""
+    return tokens + 120 + 1.5 * max(0, tokens - 128)
 
 
 def factor_tiles(bank: Bank, tokens_each: float) -> Sequence[Tile]:
@@ -286,30 +300,51 @@ def factor_splits(bank: Bank, tile: Tile, experts: int, pairs: int, processors: 
 
 
 def dense_tiles(bank: Bank, tokens: int, processors: int) -> Sequence[Tile]:
-    """The same for one matrix: wide tiles only where they are enough to keep most of the GPU busy.
-
-    Of 128 tokens or 152, whichever takes fewer rounds of all processors: 14336 rows and 1024 tokens are 3.4 or 3.0.
-    """
+    """The same for one matrix: what takes least time, with the columns shared by a cluster where that is best."""
     if tokens <= 8:
         best = Tile(8, 1, 2, 2) if bank.row_blocks >= 6 * processors else Tile(8, 1, 1, 4)
-    elif tokens > 64 and -(-bank.row_blocks // 16) * -(-tokens // 128) >= 0.8 * processors:
-        wide = [tile for tile in (Tile(128, 2, 2, 1), Tile(152, 2, 2, 1)) if 2 * tile.stage_bytes(bank) <= WIDE_STAGES]
-        best = min(wide, key=lambda tile: _time(tile, bank, tokens, processors)) if wide else Tile(64, 1, 1, 2)
     else:
-        best = Tile(32, 1, 2, 2) if bank.row_blocks >= 6 * processors else Tile(32, 1, 1, 4)
+        known = [tile for tile in _DENSE if 2 * tile.stage_bytes(bank) <= WIDE_STAGES]
+        best = min(known, key=lambda tile: _dense_time(tile, bank, tokens, processors)[0], default=Tile(64, 1, 1, 2))
     return best, Tile(best.tokens if best.tokens <= 32 else 64, 1, 1, 2), Tile(8, 1, 1, 1)
 
 
 def every_dense_tile(bank: Bank, processors: int) -> set[Tile]:
     """All that are best for some number of tokens, at least 2 and up to MOST_TOKENS."""
-    counts = {2, 64} | {tokens for size in (128, 152) for tokens in range(size, MOST_TOKENS + size, size)}
+    counts = {2} | {tokens for size in (32, 152) for tokens in range(size, MOST_TOKENS + size, size)}
     return {dense_tiles(bank, tokens, processors)[0] for tokens in counts}
 
 
-def _time(tile: Tile, bank: Bank, tokens: int, processors: int) -> int:
-    """Of a matrix, in the time of a column of a wide tile; a tile takes as long as 120 more (`_wide`)."""
-    tiles = -(-bank.row_blocks // tile.row_blocks) * -(-tokens // tile.tokens)
-    return -(-tiles // processors) * (tile.tokens + 120)
+def dense_splits(bank: Bank, tile: Tile, tokens: int, processors: int) -> tuple[int, int]:
+    """Blocks of a cluster that share a dense layer's columns, where tiles are too few for the GPU; records of each."""
+    _, splits = _dense_time(tile, bank, tokens, processors)
+    return splits, -(-bank.any.records_per_row_block // splits)  # of which none is empty
+
+
+_DENSE = (
+    Tile(32, 1, 1, 4), Tile(32, 1, 2, 2), Tile(32, 1, 4, 1), Tile(64, 1, 4, 1), Tile(128, 2, 2, 1), Tile(152, 2, 2, 1),
+)  # fmt: skip
+_EXCHANGE = 2 * 248 * 4096 / 46
+"""Time that blocks of a cluster take to add up their sums, 2 us, in that of a column of products with one row of x."""
+
+
+def _dense_time(tile: Tile, bank: Bank, tokens: int, processors: int) -> tuple[float, int]:
+    """Of a matrix, and the splits with which it takes that."""
+    layout, token_tiles = bank.any, -(-tokens // tile.tokens)
+    tiles = -(-bank.row_blocks // tile.row_blocks) * token_tiles
+    each = _expert_time(tokens, tile.tokens, tile.narrow) / token_tiles * tile.row_blocks / 16
+
+    records = layout.records_per_row_block
+
+    def time(splits: int) -> float:
+        columns = -(-records // splits) * layout.units * 64
+        return -(-tiles * splits // processors) * each * columns + (_EXCHANGE if splits > 1 else 0)
+
+    # a cluster's blocks have one tile, and add up where their ring was
+    sums = 4 * 16 * tile.row_blocks * tile.tokens
+    fits = tile.column_groups == 1 and not tile.takes_bytes and sums <= 2 * tile.stage_bytes(bank)
+    shares = {-(-records // -(-records // most)) for most in (2, 4, 8)} if fits else ()
+    return min((time(splits), splits) for splits in {1, *(s for s in shares if tiles * s <= processors)})
 
 
 def _up(x: int, to: int) -> int:

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the blocks of a cluster send to the first one: into its shared memory, at the place that it has here, and a `box`, an
+// What blocks of a cluster have to do with each other's shared memory.
+//
+// What they send to the first one: into its shared memory, at the place that it has here, and a `box`, an
 // mbarrier, counts the bytes. A barrier of the cluster instead would wait for all of the GPU's memory (MEMBAR). Without a
 // cluster, and before compute capability 9.0, all of it is within the block.
 #pragma once
@@ -73,4 +75,23 @@ template <int CLUSTER> __device__ __forceinline__ void await_parts(u64* box, boo
     }
 #endif
     __syncthreads();
+}
+
+// All threads of the cluster that have not ended. What they stored before is there for others to read; but not with READ_ONLY, where
+// they have only read what was to be read.
+template <bool READ_ONLY> __device__ __forceinline__ void await_cluster() {
+#if __CUDA_ARCH__ >= 900
+    if (READ_ONLY) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    else asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Four numbers that block `rank` of the cluster has at this address.
+__device__ __forceinline__ void load_from(float (&value)[4], u32 address, u32 rank) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %4, %5; "
+                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];}"
+                 : "=f"(value[0]), "=f"(value[1]), "=f"(value[2]), "=f"(value[3]) : "r"(address), "r"(rank) : "memory");
+#endif
 }

@@ -5,12 +5,13 @@
 // and the tokens are the columns, a multiple of eight (the transposed problem, as in Humming). A producer keeps a ring of
 // stages full by bulk copies: records as they lie, tokens' rows, sorted by expert beforehand, into the swizzled tile that
 // wgmma reads. While the tensor cores work on one unit the next one is unpacked. Where rows alone cannot fill the GPU, KW
-// warpgroups share the columns and add up in their order.
+// warpgroups share the columns and add up in their order, and in a dense layer the blocks of a cluster.
 //
 // Compensators W + u v: u times t = v x is added to the sums of W x while they are in registers. In wide tiles t is the last
 // stages, made by a launch before. Tiles of 8 tokens multiply v in the same launch, as its first tiles: they go to the blocks
 // that start first, so nobody waits for a block that waits for a free multiprocessor.
 #include "bytes.cuh"
+#include "cluster.cuh"
 #include "factor.cuh"
 #include "wgmma.cuh"
 
@@ -49,11 +50,11 @@ struct Arguments {
     int records;            // of a row block
     int row_blocks;
     int stages;
-    int splits;             // PLAIN: parts of the columns, with a result each; else 1
+    int splits;             // parts of the columns: PLAIN with a result each, DENSE blocks of a cluster; else 1
     int split_records;      // of a part
 };
 
-constexpr int MAX_EXPERTS = 512;
+constexpr int MAX_EXPERTS = 512, MAX_SPLITS = 8;  // 8 blocks of a cluster are what every chip has
 
 // Tensor maps of the activations, DENSE of the tokens, else of the sorted pairs: x as [units][rows][64] in boxes of
 // [KW * 4, NT or NARROW, 64] with 128-byte swizzle, and for tiles of 8 tokens the same of x's bytes, and their sums as
@@ -67,7 +68,7 @@ struct alignas(64) TensorMap {
 struct alignas(16) Work {
     int expert;  // -1: no more
     int token, tokens, row_block;
-    int split;   // PLAIN; of v: 1
+    int split;   // PLAIN, DENSE; tiles of 8 tokens: 1 of v
     int bits, centre;
     const u8* u;  // of its compensator; null: none
 
@@ -78,21 +79,20 @@ struct alignas(16) Work {
                 FACTORS ? reinterpret_cast<const u8*>(first(reinterpret_cast<u64>(u))) : nullptr};
     }
 
-    template <int MODE> __device__ int first_record(const Arguments& p) const {
-        return MODE == PLAIN ? split * p.split_records : 0;
-    }
-    template <int MODE> __device__ int records(const Arguments& p) const {
-        return MODE == PLAIN ? min(p.split_records, p.records - split * p.split_records) : p.records;
+    template <bool SPLIT> __device__ int first_record(const Arguments& p) const { return SPLIT ? split * p.split_records : 0; }
+    template <bool SPLIT> __device__ int records(const Arguments& p) const {
+        return SPLIT ? min(p.split_records, p.records - split * p.split_records) : p.records;
     }
 };
 
 // Wide tiles have products of two sizes: experts' tokens come in all numbers, and time goes with columns, empty or not. Mixed
 // widths have one: unpacking all of them twice took 3 s to compile. Tiles of 152 are a dense layer's, where all are full.
-template <int NT, int MI, int B> constexpr int NARROW = MI == 1 || B == 0 || NT == 152 ? NT : NT == 128 ? 96 : 64;
+template <int NT, int MI, int B>
+constexpr int NARROW = MI == 1 || B == 0 || NT == 152 ? NT : NT == 144 ? 128 : NT == 128 ? 96 : 64;
 
-// Tiles in order: expert, row tile, token tile; so that blocks at work together share an expert's records in L2. An
-// expert's tokens are shared out evenly. Before them all, those of v.
-template <int NT, int TILE_BLOCKS, int MODE> struct Schedule {
+// Tiles in order: expert, row tile, token tile; so that blocks at work together share an expert's records in L2. Of an
+// expert's tiles, as few as can be are wider than N tokens. Before them all, those of v.
+template <int NT, int N, int TILE_BLOCKS, int MODE> struct Schedule {
     const int *tiles, *first;  // [num_experts + 1] token tiles and pairs before each expert
     int own_row_tiles, v_row_tiles, token_tiles, num_experts, all_tokens, splits;
 
@@ -103,8 +103,9 @@ template <int NT, int TILE_BLOCKS, int MODE> struct Schedule {
         const int row_tiles = of_v ? v_row_tiles : own_row_tiles;
         if (!of_v) index -= token_tiles * v_row_tiles;
         if constexpr (MODE == DENSE) {
-            const int tile = index % token_tiles, start = share(all_tokens, tile, token_tiles);
-            return {0, start, share(all_tokens, tile + 1, token_tiles) - start, index / token_tiles * TILE_BLOCKS, of_v};
+            const int at = index / splits, tile = at % token_tiles, start = begin(all_tokens, tile, token_tiles);
+            return {0, start, begin(all_tokens, tile + 1, token_tiles) - start, at / token_tiles * TILE_BLOCKS,
+                    of_v ? 1 : index % splits};
         }
         int low = 0, high = num_experts;  // the last expert whose tiles begin at or before this one
         while (high - low > 1) {
@@ -112,13 +113,16 @@ template <int NT, int TILE_BLOCKS, int MODE> struct Schedule {
             if (tiles[middle] * row_tiles <= index) low = middle; else high = middle;
         }
         const int own = tiles[low + 1] - tiles[low], rest = index - tiles[low] * row_tiles, tile = rest % own;
-        const int all = first[low + 1] - first[low], start = share(all, tile, own);
+        const int all = first[low + 1] - first[low], start = begin(all, tile, own);
         const int row = rest / own;
-        return {low, first[low] + start, share(all, tile + 1, own) - start, (MODE == PLAIN ? row / splits : row) * TILE_BLOCKS,
+        return {low, first[low] + start, begin(all, tile + 1, own) - start, (MODE == PLAIN ? row / splits : row) * TILE_BLOCKS,
                 MODE == PLAIN ? row % splits : of_v};
     }
-    // Where the i-th of n shares begins.
-    static __device__ int share(int all, int i, int n) { return int((u64)all * i / n); }
+    // Where the i-th of n tiles begins: wide ones first.
+    static __device__ int begin(int all, int i, int n) {
+        const int wide = NT == N ? n : max(0, (all - n * N + NT - N - 1) / (NT > N ? NT - N : 1));
+        return min(all, i * N + min(i, wide) * (NT - N));
+    }
 };
 
 // Unit `u` of a record -> scaled weights in the A registers. Chunks of words are read when first needed.
@@ -560,11 +564,13 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
             if (lane == 0) atomicAdd(p.add.done, min(4 * WGS, p.add.v_row_blocks - work.row_block));
             continue;
         }
-        work.bits = e.word_bits, work.centre = e.centre, work.u = FB > 0 ? p.add.u[work.expert].records : nullptr;
+        work.bits = e.word_bits, work.centre = e.centre;
+        work.u = FB > 0 && (MODE != DENSE || C::BYTES || work.split == 0) ? p.add.u[work.expert].records : nullptr;
         const u32 size = of_v ? Record<U, UNIT>::bytes(FB) : Record<U, G>::bytes(B ? B : e.word_bits);
         const int groups = min(MI * WGS, ((of_v ? p.add.v_row_blocks : p.row_blocks) - work.row_block + 3) / 4);
         const u8* from = e.records + (u64)work.row_block * p.records * size;
-        const int first = work.template first_record<MODE>(p), end = first + work.template records<MODE>(p);
+        constexpr bool SPLIT = MODE == PLAIN || (MODE == DENSE && !C::BYTES);
+        const int first = work.template first_record<SPLIT>(p), end = first + work.template records<SPLIT>(p);
         const bool narrow = NARROW<NT, MI, B> < NT && work.tokens <= NARROW<NT, MI, B>;
         const u32 x_bytes = narrow ? KW * 4 * NARROW<NT, MI, B> * 128 : C::X_BYTES;
         constexpr int RECORDS = KW * C::STEP;
@@ -625,6 +631,46 @@ __device__ __forceinline__ void add_columns(float (&acc)[MI][NT / 2], float* sum
     named_barrier(1, THREADS);
 }
 
+// Adds up what the blocks of a cluster have of the same tile, in their order, and stores it: each block every so many octets of
+// tokens, from all blocks' shared memory. There sums take the place of the ring, which nobody needs any more: a block has one tile.
+template <bool BF16, int N, int MI, int WGS>
+__device__ __forceinline__ void store_sum(const Arguments& p, const Work& work, const float (&acc)[MI][N / 2], u32 sums, u32 corner,
+                                          int wg, int thread) {
+    const int lane = thread % WARP;
+    auto at = [&](int mi, int octet) { return sums + (((wg * MI + mi) * (N / 8) + octet) * 128 + thread % 128) * 16; };
+    named_barrier(1, WGS * 128);  // nobody reads the ring
+#pragma unroll
+    for (int mi = 0; mi < MI; ++mi)
+#pragma unroll
+        for (int octet = 0; octet < N / 8; ++octet) {
+            const float* y = acc[mi] + 4 * octet;
+            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
+                         ::"r"(at(mi, octet)), "f"(y[0]), "f"(y[1]), "f"(y[2]), "f"(y[3]) : "memory");
+        }
+    await_cluster<false>();
+    for (int octet = work.split; 8 * octet < work.tokens; octet += p.splits) {
+        float parts[MI][MAX_SPLITS][4] = {};
+#pragma unroll
+        for (int mi = 0; mi < MI; ++mi)
+#pragma unroll
+            for (int split = 0; split < MAX_SPLITS; ++split)
+                if (split < p.splits) load_from(parts[mi][split], at(mi, octet), split);
+        Work of = work;
+        of.token += 8 * octet, of.tokens -= 8 * octet;
+#pragma unroll
+        for (int mi = 0; mi < MI; ++mi) {
+            float y[4] = {};
+#pragma unroll
+            for (int split = 0; split < MAX_SPLITS; ++split)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) y[i] += parts[mi][split][i];
+            const int row_block = work.row_block + (wg * MI + mi) * 4 + thread / WARP % 4;
+            store_rows<BF16, 8, DENSE>(p, of, nullptr, corner, nullptr, row_block, y, lane);
+        }
+    }
+    await_cluster<true>();  // others have read what is here
+}
+
 // FB is the bits of compensators' factors, 0 for none, and FU the units of u's records.
 template <int B, int MAX_B, int U, int G, bool BF16, int NT, int MODE, int MI, int WGS, int KW, int BLOCKS, int FB, int FU>
 __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BLOCKS)
@@ -638,6 +684,7 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
     __shared__ int tiles[MODE == DENSE ? 1 : MAX_EXPERTS + 1], firsts[MODE == DENSE ? 1 : MAX_EXPERTS + 1];
     __shared__ __align__(16) u8 corners[WGS * 4][(NT < 32 ? NT : 32) * 32];
     constexpr bool BYTES_NEXT = MODE == GATE_UP && C::BYTES && C::H_UNITS > 0;
+    constexpr bool SPLIT = MODE == PLAIN || (MODE == DENSE && !C::BYTES);
     __shared__ Columns all_columns[2][MODE == DOWN ? NT : 1];            // of this tile and the next
     __shared__ __align__(16) uint4 all_octets[2][BYTES_NEXT ? C::ROW_BLOCKS * NT : 1];  // likewise; [unit][token][row block]
     __shared__ float sums[KW > 1 ? (KW - 1) * MI * WGS * 64 * NT : 1];
@@ -652,9 +699,9 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
     allow_dependents();
     if (MODE != DENSE && thread < WARP) count_tiles<NT, MODE>(p, tiles, firsts, lane);
     __syncthreads();
-    Schedule<NT, C::ROW_BLOCKS, MODE> schedule;
+    Schedule<NT, NARROW<NT, MI, B>, C::ROW_BLOCKS, MODE> schedule;
     auto row_tiles = [](int row_blocks) { return (row_blocks + C::ROW_BLOCKS - 1) / C::ROW_BLOCKS; };
-    schedule.own_row_tiles = row_tiles(p.row_blocks) * (MODE == PLAIN ? p.splits : 1);
+    schedule.own_row_tiles = row_tiles(p.row_blocks) * (SPLIT ? p.splits : 1);
     schedule.v_row_tiles = C::MULTIPLIES_V ? row_tiles(p.add.v_row_blocks) : 0;
     schedule.first = firsts, schedule.tiles = tiles, schedule.num_experts = p.num_experts, schedule.all_tokens = p.tokens;
     schedule.splits = p.splits;
@@ -680,7 +727,7 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
             Columns *columns = all_columns[turn], column;
             const bool has_column = MODE == DOWN && thread < NT && thread < work.tokens;
             if (has_column) column = {p.pairs[work.token + thread], p.weights[work.token + thread]};
-            const int bits = B ? B : work.bits, records = work.template records<MODE>(p);
+            const int bits = B ? B : work.bits, records = work.template records<SPLIT>(p);
 #define WHERE ring, STAGE, bars, p.stages, stage, phase, records, wg, kw, lane, warp
 #define BYTES(...)                                                                                                          \
     accumulate_bytes<C, __VA_ARGS__, Record<U, G>::SEGMENTS, WGS, KW>(acc, ring, STAGE, C::sums_at(MAX_B), bars, p.stages,   \
@@ -722,6 +769,11 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
                 if (has_column) columns[thread] = column;  // not before: they are still on their way
                 if constexpr (KW > 1) add_columns<N, MI, WGS, KW, C::CONSUMERS>(acc, sums, wg, kw, thread);
                 if (KW == 1 && MODE == DOWN) named_barrier(1, C::CONSUMERS);  // columns are there
+                if constexpr (MODE == DENSE && !C::BYTES && KW == 1)
+                    if (p.splits > 1) {
+                        store_sum<BF16, N, MI, WGS>(p, work, acc, ring, shared_address(corners[thread / WARP]), wg, thread);
+                        return;
+                    }
                 if (kw > 0) return;
                 if constexpr (C::MULTIPLIES_V)
                     if (compensator.u) {

@@ -70,9 +70,12 @@ def grouped(
     route: Route | None = None,
     added: Added | None = None,
     then: Next | None = None,
-    splits: tuple[int, int] = (1, 0),
+    splits: tuple[int, int] | None = None,
 ) -> None:
-    """One product into y [.., ld], of which `columns` are real; without y into the bytes of `then` alone."""
+    """One product into y [.., ld], of which `columns` are real; without y into the bytes of `then` alone.
+
+    `splits` are parts of the columns and the records of each, by default one of all.
+    """
     x = rows.bytes if tile.takes_bytes else rows.plain
     assert x is not None, f"{mode} takes {'bytes' if tile.takes_bytes else '16 bits'}, which nobody has made"
     device, shape, layout = x.device.index, bank.shape, bank.shape.any
@@ -84,7 +87,7 @@ def grouped(
         _compensators(added), _next(then),
         _Sizes(
             tokens, slots, len(bank.where), columns, ld if ld is not None else y.shape[1],
-            layout.records_per_row_block, shape.row_blocks, stages, *splits,
+            layout.records_per_row_block, shape.row_blocks, stages, *splits or (1, layout.records_per_row_block),
         ),
     )  # fmt: skip
     x_map, other_map = (map_rows(x, each, 4 * tile.column_groups) for each in (tile.tokens, tile.narrow))
@@ -92,10 +95,12 @@ def grouped(
         other_map = map_sums(rows.sums, tile.tokens, tile.column_groups * shape.step)
     t_map = map_rows(added.t, tile.tokens, 1) if added and not tile.takes_bytes else x_map  # x_map: nobody reads it
     shared = stages * tile.stage_bytes(shape, ranks) + choose.RESERVED
+    blocks, cluster = tile.blocks * processors_of(device), 1
+    if mode == "DENSE" and splits and splits[0] > 1:
+        cluster, blocks = splits[0], -(-shape.row_blocks // tile.row_blocks) * -(-tokens // tile.tokens) * splits[0]
     function.launch(
-        tile.blocks * processors_of(device), tile.threads, shared, (arguments, x_map, other_map, t_map),
-        programmatic=True,
-    )  # fmt: skip
+        blocks, tile.threads, shared, (arguments, x_map, other_map, t_map), cluster=cluster, programmatic=True
+    )
 
 
 def _compensators(added: Added | None) -> _Compensators:

@@ -33,7 +33,8 @@ def many_linear(
         done = torch.empty(1, dtype=torch.int32, device=x.device) if factors else None
         rows = prepare(x, bank, len(x), plain=False, in_bytes=True, zeros=done)
     added = compensate(rows, tile, factors, done=done)
-    grouped("DENSE", tile, stages, rows, y, bank, y.shape[1], len(x), bias=bias, added=added)
+    splits = choose.dense_splits(bank.shape, tile, len(x), processors_of(x.device.index))
+    grouped("DENSE", tile, stages, rows, y, bank, y.shape[1], len(x), bias=bias, added=added, splits=splits)
 
 
 def run_many(
