@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import re
 from importlib import resources
+from random import Random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moepress.format.spec import BITS, GROUP_SIZES
 from moepress.kernels.cuda import choose
+from moepress.kernels.cuda.rows import PLACE_PAIRS, place_blocks
 from moepress.kernels.records import RecordLayout
 
 AVAILABLE = 227 * 1024
@@ -75,7 +77,7 @@ def test_a_tile_fits_any_matrix(bank: choose.Bank, count: int, cores: int) -> No
         assert (splits - 1) * size < records <= splits * size and splits <= 8, "a part without columns never ends"
         if splits > 1:
             blocks = -(-bank.row_blocks // tile.row_blocks) * -(-count // tile.tokens) * splits
-            assert blocks <= cores and tile.column_groups == 1, "a block of a cluster has one tile"
+            assert blocks <= cores, "a block of a cluster has one tile"
             ring = tile.stages(bank, choose.WIDE_STAGES) * tile.stage_bytes(bank)
             assert ring >= 4 * 16 * tile.row_blocks * tile.tokens, "sums lie where the ring was"
 
@@ -107,7 +109,7 @@ def test_known_layers() -> None:
     assert choose.expert_tiles(gate_up, 16.0)[0] == choose.Tile(32, 1, 4, 1)
     assert choose.expert_tiles(gate_up, 64.0)[0] == choose.Tile(80, 2, 2, 1)
     assert choose.expert_tiles(gate_up, 200.0)[0] == choose.Tile(128, 2, 2, 1)
-    assert choose.expert_tiles(gate_up, 256.0)[0] == choose.expert_tiles(gate_up, 1024.0)[0] == choose.Tile(144, 2, 2, 1)
+    assert {choose.expert_tiles(gate_up, each)[0] for each in (256.0, 1024.0)} == {choose.Tile(144, 2, 2, 1)}
     assert choose.expert_tiles(small, 0.5)[0] == choose.Tile(8, 1, 2, 1, blocks=2)
     assert gate_up.template == "3, 3, 4, 64"
     team = choose.gemv_teams("GATE_UP", gate_up, 1, 2, 132)[0]
@@ -123,22 +125,28 @@ def test_known_layers() -> None:
     tall, square = (choose.Bank((RecordLayout(*shape, 3, 64),)) for shape in ((14336, 4096), (8192, 8192)))
     wide = [choose.dense_tiles(bank, 1024, 132)[0].tokens for bank in (tall, square)]
     assert wide == [152, 128], "three rounds of 392 tiles for four of 448; two of 256 either way"
-    assert {tile.tokens for tile in choose.every_dense_tile(tall, 132)} == {8, 32, 64, 128, 152}
-    parts = [choose.dense_splits(square, choose.dense_tiles(square, tokens, 132)[0], tokens, 132) for tokens in (64, 256)]
-    assert parts == [(4, 8), (2, 16)], "32 and 64 tiles"
+    assert {tile.tokens for tile in choose.every_dense_tile(tall, 132)} == {8, 16, 32, 64, 128, 152}
+    tiles = {tokens: choose.dense_tiles(square, tokens, 132)[0] for tokens in (16, 64, 256, 1024)}
+    assert list(tiles.values()) == [
+        choose.Tile(*t) for t in ((16, 1, 1, 4), (64, 1, 2, 1), (128, 2, 2, 1), (128, 2, 2, 1))
+    ]
+    parts = [choose.dense_splits(square, tile, tokens, 132) for tokens, tile in tiles.items()]
+    assert parts == [(1, 32), (2, 16), (2, 16), (1, 32)], "128 tiles, 64, 64 and 256"
     assert [choose.expert_tiles(mixed, each)[0].tokens for each in (40.0, 64.0, 140.0, 1000.0)] == [80, 80, 80, 128]
     short = choose.Bank((RecordLayout(2048, 1408, 3, 64),))
     assert (short.any.units, short.step) == (2, 2)
     assert all(tile.stage_bytes(short) == tile.stage_bytes(small) for tile in choose.expert_tiles(small, 100.0)[:2])
 
 
-@given(bank=banks(), cores=processors)
-def test_examples_ask_for_every_tile(bank: choose.Bank, cores: int) -> None:
+@settings(max_examples=25)
+@given(bank=banks(), cores=processors, random=st.randoms(use_true_random=False))
+def test_examples_ask_for_every_tile(bank: choose.Bank, cores: int, random: Random) -> None:
     """Warming up compiles these: another would be compiled at somebody's token, or missing in a graph's capture."""
-    every = {choose.expert_tiles(bank, each / 4)[0] for each in (*range(1, 4000), *range(4000, 80_000, 370))}
+    counts = random.sample(range(2, choose.MOST_TOKENS), 100)
+    every = {choose.expert_tiles(bank, each / 4)[0] for each in (*range(1, 600), *counts)}
     assert every <= {choose.expert_tiles(bank, each)[0] for each in choose.EXAMPLES}
-    some = {*range(2, 4000), *range(4000, choose.MOST_TOKENS, 370)}
-    assert {choose.dense_tiles(bank, count, cores)[0] for count in some} <= choose.every_dense_tile(bank, cores)
+    some = {choose.dense_tiles(bank, count, cores)[0] for count in (*range(2, 300), *counts)}
+    assert some <= choose.every_dense_tile(bank, cores)
 
 
 @pytest.mark.parametrize(("up", "down", "passes"), [(64, 64, True), (64, 128, True), (64, 32, False), (32, 64, False)])
@@ -191,3 +199,17 @@ def test_a_matrix_brings_its_middle_code(bits: int, monkeypatch: pytest.MonkeyPa
     turned = RecordBank.build([records], [layout], [(0, 1), (0, 0)])
     assert turned.argument.experts == turned.table.data_ptr() and turned.argument.first is None
     assert turned.table.tolist() == [[records[slot].data_ptr(), word + (middle << 32)] for slot in (1, 0)] + [[0, 0]]
+
+
+@given(count=st.integers(1, 1 << 16), slots=st.integers(1, 32), units=st.integers(1, 300), cores=processors)
+def test_a_block_places_what_it_has_room_for(count: int, slots: int, units: int, cores: int) -> None:
+    count = max(1, count // slots)
+    threads, chunks, shares = place_blocks(count, slots, 64 * units, cores)
+    most = max(count * (i + 1) // shares - count * i // shares for i in range(shares))
+    assert most * slots <= PLACE_PAIRS and threads % 32 == 0 and chunks <= units
+
+
+@pytest.mark.parametrize("name", ["PLACE_PAIRS"])
+def test_blocks_that_place_rows_have_the_room_that_the_source_says(name: str) -> None:
+    source = resources.files("moepress.kernels.cuda").joinpath("route.cu").read_text()
+    assert re.findall(rf"^constexpr int {name} = (\d+);", source, re.MULTILINE) == [str(PLACE_PAIRS)]

@@ -211,39 +211,41 @@ def test_against_float64(case: Case) -> None:
 @by_case
 @pytest.mark.parametrize("tokens", [9, 180])
 def test_short_cuts_change_no_bit(case: Case, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Placing rows without a sort, and bytes of the intermediate made where it is."""
-    from moepress.kernels.cuda import choose, rows
+    """Bytes of the intermediate made where it is."""
+    from moepress.kernels.cuda import choose
 
     layer, given = make(case), inputs(case, tokens, nobody=0.1)
     y = run(case, layer, *given)
-    monkeypatch.setattr(rows, "PLACE_PAIRS", 0)
-    assert torch.equal(run(case, layer, *given), y)
     monkeypatch.setattr(choose.Tile, "makes_bytes", False)
     assert torch.equal(run(case, layer, *given), y)
 
 
-@pytest.mark.parametrize("pairs", [1, 31, 257, 2048])
+@pytest.mark.parametrize(
+    ("tokens", "slots"), [(1, 1), (31, 1), (257, 1), (1024, 2), (300, 31), (9000, 7), (1 << 16, 1)]
+)
 @pytest.mark.parametrize("experts", [1, 8, 127, 512])
-def test_places_are_those_of_a_stable_sort(pairs: int, experts: int) -> None:
+def test_places_are_those_of_a_stable_sort(tokens: int, slots: int, experts: int) -> None:
     from moepress.kernels.cuda.bank import RecordBank
     from moepress.kernels.cuda.rows import sort_rows
 
     bank, _ = random_bank(64, 72, [3], 32, [None], 0)
     bank = RecordBank(bank.records, bank.layouts, (None,) * experts, bank.table)
-    generator = torch.Generator().manual_seed(pairs)
-    ids = torch.randint(-1, experts + 1, (pairs, 1), generator=generator).cuda()
-    x = torch.randn(pairs, 72, generator=generator).to("cuda", torch.bfloat16)
-    weights = torch.rand(pairs, 1, generator=generator).cuda()
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(-1, experts + 1, (tokens, slots), generator=generator).cuda()
+    x = torch.randn(tokens, 72, generator=generator).to("cuda", torch.bfloat16)
+    weights = torch.rand(tokens, slots, generator=generator).cuda()
     rows, route = sort_rows(x, ids, weights, bank, plain=True, in_bytes=True)
-    runs = (ids[:, 0] >= 0) & (ids[:, 0] < experts)
-    order = torch.where(runs, ids[:, 0], experts).sort(stable=True).indices[: runs.sum()]
+    flat = ids.flatten()
+    runs = (flat >= 0) & (flat < experts)
+    order = torch.where(runs, flat, experts).sort(stable=True).indices[: runs.sum()]
     assert torch.equal(route.pairs[: len(order)].long(), order)
-    assert torch.equal(route.weights[: len(order)], weights[order, 0])
-    counts = torch.bincount(ids[runs, 0], minlength=experts)
+    assert torch.equal(route.weights[: len(order)], weights.flatten()[order])
+    counts = torch.bincount(flat[runs], minlength=experts)
     assert route.first.tolist() == [0, *counts.cumsum(0).tolist()]
     assert rows.plain is not None and rows.bytes is not None and rows.sums is not None
-    assert torch.equal(rows.plain[: len(order), :72], x[order]) and not rows.plain[: len(order), 72:].any()
-    columns = torch.nn.functional.pad(x[order].double(), (0, 56))
+    x = x[order // slots]
+    assert torch.equal(rows.plain[: len(order), :72], x) and not rows.plain[: len(order), 72:].any()
+    columns = torch.nn.functional.pad(x.double(), (0, 56))
     found, scales, sums = from_bytes(rows.bytes[: len(order)], rows.sums[:, : len(order)], 32)
     assert ((found - columns).abs().unflatten(1, (-1, 32)) <= scales.unsqueeze(-1) / 2).all()
     torch.testing.assert_close(sums, found.unflatten(1, (-1, 32)).sum(-1), atol=0, rtol=0)

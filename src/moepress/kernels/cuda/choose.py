@@ -8,6 +8,7 @@ two row tiles.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -272,7 +273,7 @@ def _expert_time(tokens: int, wide: int, narrow: int) -> float:
 
 
 def _tile_time(tokens: int) -> float:
-    """Of a wide tile, in that of a column of one: on an H100 128 columns took 46 us where 96 took 40, and 152 took 57."""
+    """Of a wide tile, in that of a column: on an H100 128 columns took 46 us where 96 took 40, and 152 took 57."""
     return tokens + 120 + 1.5 * max(0, tokens - 128)
 
 
@@ -299,6 +300,7 @@ def factor_splits(bank: Bank, tile: Tile, experts: int, pairs: int, processors: 
     return -(-layout.records_per_row_block // each), each
 
 
+@functools.lru_cache(1 << 14)
 def dense_tiles(bank: Bank, tokens: int, processors: int) -> Sequence[Tile]:
     """The same for one matrix: what takes least time, with the columns shared by a cluster where that is best."""
     if tokens <= 8:
@@ -311,40 +313,45 @@ def dense_tiles(bank: Bank, tokens: int, processors: int) -> Sequence[Tile]:
 
 def every_dense_tile(bank: Bank, processors: int) -> set[Tile]:
     """All that are best for some number of tokens, at least 2 and up to MOST_TOKENS."""
-    counts = {2} | {tokens for size in (32, 152) for tokens in range(size, MOST_TOKENS + size, size)}
+    counts = {2} | {tokens for size in (16, 152) for tokens in range(size, MOST_TOKENS + size, size)}
     return {dense_tiles(bank, tokens, processors)[0] for tokens in counts}
 
 
+@functools.lru_cache(1 << 14)
 def dense_splits(bank: Bank, tile: Tile, tokens: int, processors: int) -> tuple[int, int]:
     """Blocks of a cluster that share a dense layer's columns, where tiles are too few for the GPU; records of each."""
     _, splits = _dense_time(tile, bank, tokens, processors)
     return splits, -(-bank.any.records_per_row_block // splits)  # of which none is empty
 
 
-_DENSE = (
-    Tile(32, 1, 1, 4), Tile(32, 1, 2, 2), Tile(32, 1, 4, 1), Tile(64, 1, 4, 1), Tile(128, 2, 2, 1), Tile(152, 2, 2, 1),
-)  # fmt: skip
-_EXCHANGE = 2 * 248 * 4096 / 46
-"""Time that blocks of a cluster take to add up their sums, 2 us, in that of a column of products with one row of x."""
+_DENSE = {
+    Tile(16, 1, 1, 4): 5.9, Tile(16, 1, 2, 2): 12.1, Tile(32, 1, 1, 4): 7.3, Tile(32, 1, 2, 2): 13.4,
+    Tile(64, 1, 1, 2): 10.1, Tile(64, 1, 2, 1): 16.4,
+    Tile(128, 1, 2, 1): 27.5, Tile(128, 2, 2, 1): 46.0, Tile(152, 2, 2, 1): 57.0,
+}  # fmt: skip
+"""Tiles of dense layers of more than eight tokens, and microseconds that 4096 columns of one take on an H200."""
+_CLUSTERS = {2: 66, 3: 39}
+"""Clusters of so many blocks that 132 multiprocessors hold at a time, as an H200 told. Of four it held 30, so that the
+32 of 8192 rows took twice as long; how many it holds of those depends on where a card's multiprocessors lie."""
 
 
 def _dense_time(tile: Tile, bank: Bank, tokens: int, processors: int) -> tuple[float, int]:
-    """Of a matrix, and the splits with which it takes that."""
-    layout, token_tiles = bank.any, -(-tokens // tile.tokens)
+    """Microseconds of a matrix but for the launch, and the splits with which it takes these."""
+    records, token_tiles = bank.any.records_per_row_block, -(-tokens // tile.tokens)
     tiles = -(-bank.row_blocks // tile.row_blocks) * token_tiles
-    each = _expert_time(tokens, tile.tokens, tile.narrow) / token_tiles * tile.row_blocks / 16
-
-    records = layout.records_per_row_block
+    full = _expert_time(tokens, tile.tokens, tile.narrow) / (token_tiles * _tile_time(tile.tokens))
+    sums = 4 * 16 * tile.row_blocks * tile.tokens
 
     def time(splits: int) -> float:
-        columns = -(-records // splits) * layout.units * 64
-        return -(-tiles * splits // processors) * each * columns + (_EXCHANGE if splits > 1 else 0)
+        columns = -(-records // splits) * bank.any.units * 64
+        exchange = 1.5 + 0.3 * splits + sums / (1 << 16) if splits > 1 else 0
+        return -(-tiles * splits // processors) * full * _DENSE.get(tile, math.inf) * columns / 4096 + exchange
 
     # a cluster's blocks have one tile, and add up where their ring was
-    sums = 4 * 16 * tile.row_blocks * tile.tokens
-    fits = tile.column_groups == 1 and not tile.takes_bytes and sums <= 2 * tile.stage_bytes(bank)
-    shares = {-(-records // -(-records // most)) for most in (2, 4, 8)} if fits else ()
-    return min((time(splits), splits) for splits in {1, *(s for s in shares if tiles * s <= processors)})
+    fits = tile in _DENSE and sums <= 2 * tile.stage_bytes(bank)
+    shares = {-(-records // -(-records // most)): clusters for most, clusters in _CLUSTERS.items()} if fits else {}
+    options = (splits for splits, clusters in shares.items() if tiles <= clusters * processors // 132)
+    return min((time(splits), splits) for splits in {1, *options})
 
 
 def _up(x: int, to: int) -> int:

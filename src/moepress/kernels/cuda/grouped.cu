@@ -54,7 +54,7 @@ struct Arguments {
     int split_records;      // of a part
 };
 
-constexpr int MAX_EXPERTS = 512, MAX_SPLITS = 8;  // 8 blocks of a cluster are what every chip has
+constexpr int MAX_EXPERTS = 512, MAX_SPLITS = 3;
 
 // Tensor maps of the activations, DENSE of the tokens, else of the sorted pairs: x as [units][rows][64] in boxes of
 // [KW * 4, NT or NARROW, 64] with 128-byte swizzle, and for tiles of 8 tokens the same of x's bytes, and their sums as
@@ -638,7 +638,7 @@ __device__ __forceinline__ void store_sum(const Arguments& p, const Work& work, 
                                           int wg, int thread) {
     const int lane = thread % WARP;
     auto at = [&](int mi, int octet) { return sums + (((wg * MI + mi) * (N / 8) + octet) * 128 + thread % 128) * 16; };
-    named_barrier(1, WGS * 128);  // nobody reads the ring
+    named_barrier(2, WGS * 128);  // nobody reads the ring
 #pragma unroll
     for (int mi = 0; mi < MI; ++mi)
 #pragma unroll
@@ -769,12 +769,12 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
                 if (has_column) columns[thread] = column;  // not before: they are still on their way
                 if constexpr (KW > 1) add_columns<N, MI, WGS, KW, C::CONSUMERS>(acc, sums, wg, kw, thread);
                 if (KW == 1 && MODE == DOWN) named_barrier(1, C::CONSUMERS);  // columns are there
-                if constexpr (MODE == DENSE && !C::BYTES && KW == 1)
+                if (kw > 0) return;
+                if constexpr (MODE == DENSE && !C::BYTES)
                     if (p.splits > 1) {
                         store_sum<BF16, N, MI, WGS>(p, work, acc, ring, shared_address(corners[thread / WARP]), wg, thread);
                         return;
                     }
-                if (kw > 0) return;
                 if constexpr (C::MULTIPLIES_V)
                     if (compensator.u) {
                         if (!t_is_there) {

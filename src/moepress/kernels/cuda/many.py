@@ -118,7 +118,6 @@ def instances(
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, str]]:
     """Pairs of source and instance that `run_many` can need; `factors` are v and u of both halves."""
-    yield "route.cu", "sort_pairs"
     yield "route.cu", f"combine<{is_bf16(dtype)}>"
     for kernel, bank in (("place_rows", gate_up), ("prepare_rows", gate_up), ("prepare_rows", down)):
         yield "route.cu", rows_instance(kernel, bank, dtype)

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What surrounds the grouped products of many tokens: the pairs of token and expert sorted by expert, their activations
-// in that order, and the sum over a token's experts. Sorting is stable and sums have a fixed order, so results repeat
-// bitwise.
+// What surrounds the grouped products of many tokens: activations in the order of their experts, and the sum over a token's
+// experts. That order is stable and sums have a fixed one, so results repeat bitwise.
 #include "bytes.cuh"
 
 __device__ __forceinline__ long long read_id(const void* ids, int wide, int i) {
@@ -13,79 +12,6 @@ enum WeightType { FLOAT32, BFLOAT16, FLOAT16 };
 __device__ __forceinline__ float read_weight(const void* weights, int type, int i) {
     if (type == FLOAT32) return ((const float*)weights)[i];
     return type == BFLOAT16 ? widen<true>(((const u16*)weights)[i]) : widen<false>(((const u16*)weights)[i]);
-}
-
-struct SortArguments {
-    const void* ids;      // [pairs], int64 where ids_wide, else int32; outside 0..num_experts-1: run nothing
-    const void* weights;  // [pairs]
-    int* first;           // [num_experts + 1]
-    int* sorted;          // [pairs]
-    float* sorted_weights;
-    int ids_wide, weight_type, count, num_experts;
-};
-
-constexpr int SORT_WARPS = 32, SORT_THREADS = SORT_WARPS * WARP;
-constexpr int NOBODY = 0xffff;  // the expert of a pair that is not run
-
-// One block. Each warp counts its own run of pairs, the counts become offsets, each warp places its run. Ids are read
-// once, many at a time: reading them again in both passes took most of the time.
-extern "C" __global__ void __launch_bounds__(SORT_THREADS, 1) sort_pairs(const SortArguments p) {
-    extern __shared__ int counts[];  // [SORT_WARPS][num_experts], starts [num_experts], expert of each pair as u16
-    __shared__ int warp_sums[SORT_WARPS];
-    int* starts = counts + SORT_WARPS * p.num_experts;
-    u16* experts = reinterpret_cast<u16*>(starts + p.num_experts);
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int run = (p.count + SORT_THREADS - 1) / SORT_THREADS * WARP;
-    const int begin = warp * run, end = min(p.count, begin + run);
-    for (int i = threadIdx.x; i < SORT_WARPS * p.num_experts; i += SORT_THREADS) counts[i] = 0;
-    await_producers();
-#pragma unroll 8
-    for (int i = threadIdx.x; i < p.count; i += SORT_THREADS) {
-        const long long id = read_id(p.ids, p.ids_wide, i);
-        experts[i] = id >= 0 && id < p.num_experts ? u16(id) : u16(NOBODY);
-    }
-    __syncthreads();
-    int* own = counts + warp * p.num_experts;
-    for (int at = begin; at < end; at += WARP) {
-        const int e = at + lane < end ? experts[at + lane] : NOBODY;
-        const u32 same = __match_any_sync(~0u, e);
-        if (e != NOBODY && lane == __ffs(same) - 1) own[e] += __popc(same);
-        __syncwarp();
-    }
-    __syncthreads();
-    int total = 0;  // of expert threadIdx.x
-    if (threadIdx.x < p.num_experts)
-#pragma unroll 8
-        for (int w = 0; w < SORT_WARPS; ++w) {
-            const int here = counts[w * p.num_experts + threadIdx.x];
-            counts[w * p.num_experts + threadIdx.x] = total;
-            total += here;
-        }
-    int sum = total;
-#pragma unroll
-    for (int step = 1; step < WARP; step *= 2) {
-        const int left = __shfl_up_sync(~0u, sum, step);
-        if (lane >= step) sum += left;
-    }
-    if (lane == WARP - 1) warp_sums[warp] = sum;
-    __syncthreads();
-    int before = 0;
-    for (int w = 0; w < warp; ++w) before += warp_sums[w];
-    if (threadIdx.x < p.num_experts) starts[threadIdx.x] = p.first[threadIdx.x] = before + sum - total;
-    if (threadIdx.x == p.num_experts - 1) p.first[p.num_experts] = before + sum;
-    __syncthreads();
-    for (int at = begin; at < end; at += WARP) {
-        const int e = at + lane < end ? experts[at + lane] : NOBODY;
-        const u32 same = __match_any_sync(~0u, e);
-        if (e != NOBODY) {
-            const int place = starts[e] + own[e] + __popc(same & ((1u << lane) - 1));
-            p.sorted[place] = at + lane, p.sorted_weights[place] = read_weight(p.weights, p.weight_type, at + lane);
-        }
-        __syncwarp();
-        if (e != NOBODY && lane == __ffs(same) - 1) own[e] += __popc(same);
-        __syncwarp();
-    }
-    allow_dependents();
 }
 
 struct CombineArguments {
@@ -176,14 +102,13 @@ struct Piece {
 constexpr int ROWS_THREADS = 256;
 
 struct PrepareArguments {
-    const u16* x;      // [tokens, k] where `pairs`, else [rows, k]
+    const u16* x;  // [rows, k]
     RowsOut out;
-    const int* pairs;  // row i is x[pairs[i] / slots]; null: x is in order already
     const int* count;  // how many rows there are, at most `rows`; null: all
-    int rows, k, slots;
+    int rows, k;
 };
 
-// Activations in sorted order. A thread has an octet of columns.
+// Rows that are in order already. A thread has an octet of columns.
 template <int G, bool BF16> __global__ void __launch_bounds__(ROWS_THREADS) prepare_rows(const PrepareArguments p) {
     __shared__ __align__(16) u32 corners[ROWS_THREADS / WARP][4 * WARP];
     await_producers();
@@ -193,83 +118,125 @@ template <int G, bool BF16> __global__ void __launch_bounds__(ROWS_THREADS) prep
     for (int first = blockIdx.x * ROWS_THREADS; first < all; first += gridDim.x * ROWS_THREADS) {
         const int at = first + threadIdx.x, row = at / octets, o = at - row * octets;
         Piece piece = {};
-        if (at < all) load_octet<BF16>(piece.octet, p.x + (u64)(p.pairs ? p.pairs[row] / p.slots : row) * p.k, 8 * o, p.k);
+        if (at < all) load_octet<BF16>(piece.octet, p.x + (u64)row * p.k, 8 * o, p.k);
         if (p.out.bytes) piece.make_bytes<G, BF16>(corners[threadIdx.x / WARP], threadIdx.x % WARP);
         if (at < all) piece.store<G>(p.out, row, o);
     }
 }
 
-// ---- both at once, for few pairs ----------------------------------------------------------------------------------
+// ---- tokens' rows in the order of their experts ------------------------------------------------------------------------
 
 struct PlaceArguments {
-    const u16* x;     // [tokens, k]
-    const void* ids;  // [tokens, slots], and weights, as `sort_pairs` takes them
-    const void* weights;
-    int* first;       // [num_experts + 1]
-    int* pairs;       // [tokens * slots]
+    const u16* x;         // [tokens, k]
+    const void* ids;      // [tokens, slots], int64 where ids_wide, else int32; outside 0..num_experts-1: run nothing
+    const void* weights;  // [tokens, slots]
+    int* first;           // [num_experts + 1]
+    int* pairs;           // [tokens * slots]
     float* sorted_weights;
-    RowsOut out;      // of tokens * slots rows
+    RowsOut out;  // of tokens * slots rows
     int ids_wide, weight_type, tokens, slots, num_experts, k;
+    int chunks;  // of a row, each by blocks of its own
 };
 
-constexpr int PLACE_WARPS = ROWS_THREADS / WARP;
-constexpr int PLACE_PAIRS = 8192;  // the most
-constexpr int PLACE_SLOTS = 32;    // of a token, the most
+constexpr int PLACE_THREADS = 1024;  // the most
+constexpr int PLACE_PAIRS = 1024;    // of a block, the most
+constexpr int PLACE_EXPERTS = 512;
+constexpr int NOBODY = 0xffff;  // the expert of a pair that is not run
 
-// How many of the keys are below `key`, by a warp; the last keys are filled up to whole quads with larger ones.
-__device__ __forceinline__ int count_below(const u32* keys, int quads, u32 key, int lane) {
-    int below = 0;
-    for (int i = lane; i < quads; i += WARP) {
-        const uint4 other = reinterpret_cast<const uint4*>(keys)[i];
-        below += (other.x < key) + (other.y < key) + (other.z < key) + (other.w < key);
+// A block has some of the tokens. It counts all pairs by their experts, and apart those before its own; so it knows where its
+// own go without asking another block. An octet of a token is read once and written for all of its slots.
+struct Placing {
+    int total[PLACE_EXPERTS], before[PLACE_EXPERTS];
+    int places[PLACE_PAIRS];  // of the block's pairs: first their experts
+
+    __device__ __forceinline__ void count(const PlaceArguments& p, int begin, int own) {
+        constexpr int BATCH = 8;
+        const int pairs = p.tokens * p.slots;
+        for (int from = threadIdx.x; from < pairs; from += BATCH * blockDim.x) {
+            int expert[BATCH];
+#pragma unroll
+            for (int j = 0; j < BATCH; ++j) {
+                const int i = from + j * blockDim.x;
+                const long long id = i < pairs ? read_id(p.ids, p.ids_wide, i) : -1;
+                expert[j] = id >= 0 && id < p.num_experts ? int(id) : NOBODY;
+            }
+#pragma unroll
+            for (int j = 0; j < BATCH; ++j) {
+                const int i = from + j * blockDim.x;
+                if (i >= begin && i < begin + own) places[i - begin] = expert[j];
+                if (expert[j] == NOBODY) continue;
+                atomicAdd(total + expert[j], 1);
+                if (i < begin) atomicAdd(before + expert[j], 1);
+            }
+        }
     }
-    return __reduce_add_sync(~0u, below);
-}
+    // Counts before become the place of each expert's next pair; by one warp.
+    __device__ __forceinline__ void locate(const PlaceArguments& p, int lane) {
+        const int each = (p.num_experts + WARP - 1) / WARP, from = lane * each, to = min(p.num_experts, from + each);
+        int sum = 0;
+        for (int e = from; e < to; ++e) sum += total[e];
+        int start = sum;
+#pragma unroll
+        for (int step = 1; step < WARP; step *= 2) {
+            const int left = __shfl_up_sync(~0u, start, step);
+            if (lane >= step) start += left;
+        }
+        if (blockIdx.x == 0 && lane == WARP - 1) p.first[p.num_experts] = start;
+        start -= sum;
+        for (int e = from; e < to; ++e) {
+            if (blockIdx.x == 0) p.first[e] = start;
+            before[e] += start, start += total[e];
+        }
+        __syncwarp();
+    }
+    // Experts of the block's pairs become places, in their order; -1: not run. By one warp.
+    __device__ __forceinline__ void rank(int own, int lane) {
+        for (int at = lane; at - lane < own; at += WARP) {
+            const int e = at < own ? places[at] : NOBODY;
+            const u32 same = __match_any_sync(~0u, e);
+            if (at < own) places[at] = e == NOBODY ? -1 : before[e] + __popc(same & ((1u << lane) - 1));
+            __syncwarp();
+            if (e != NOBODY && lane == __ffs(same) - 1) before[e] += __popc(same);
+            __syncwarp();
+        }
+    }
+};
 
-// `sort_pairs` and `prepare_rows` in one launch without a sort: the place of a pair is the number of pairs before it,
-// so whoever needs one counts, and all blocks count side by side. A pair's key is (expert, pair): what is below it comes
-// before it, and what is below (expert, 0) before the expert. A token's octet is read once, while the ids are on their
-// way, and written for all of its slots.
-template <int G, bool BF16> __global__ void __launch_bounds__(ROWS_THREADS) place_rows(const PlaceArguments p) {
-    __shared__ __align__(16) u32 keys[PLACE_PAIRS];
-    __shared__ __align__(16) u32 corners[PLACE_WARPS][4 * WARP];
-    __shared__ int places[PLACE_SLOTS];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, pairs = p.tokens * p.slots, quads = (pairs + 3) / 4;
-    const int octets = 8 * p.out.units, chunks = (octets + ROWS_THREADS - 1) / ROWS_THREADS, items = p.tokens * chunks;
+template <int G, bool BF16> __global__ void __launch_bounds__(PLACE_THREADS) place_rows(const PlaceArguments p) {
+    __shared__ __align__(16) u32 corners[PLACE_THREADS / WARP][4 * WARP];
+    __shared__ Placing placing;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, chunk = blockIdx.x % p.chunks;
+    const int shares = gridDim.x / p.chunks, share = blockIdx.x / p.chunks;
+    const int first = int((u64)p.tokens * share / shares), last = int((u64)p.tokens * (share + 1) / shares);
+    const int units = (p.out.units + p.chunks - 1) / p.chunks, octet = chunk * units * 8;
+    const int width = max(0, min(units, p.out.units - chunk * units)) * 8, all = (last - first) * width;
     await_producers();
     allow_dependents();
     Piece piece;
-    auto read_octet = [&](int item) {
-        const int token = item / chunks, o = item % chunks * ROWS_THREADS + threadIdx.x;
+    auto read_octet = [&](int at) {
         piece = {};
-        if (token < p.tokens && o < octets) load_octet<BF16>(piece.octet, p.x + (u64)token * p.k, 8 * o, p.k);
+        if (at < all) load_octet<BF16>(piece.octet, p.x + (u64)(first + at / width) * p.k, 8 * (octet + at % width), p.k);
     };
-    read_octet(blockIdx.x);
+    read_octet(threadIdx.x);
     p.out.clear();
-    for (int i = threadIdx.x; i < 4 * quads; i += ROWS_THREADS) {
-        const long long id = i < pairs ? read_id(p.ids, p.ids_wide, i) : -1;
-        keys[i] = u32(id >= 0 && id < p.num_experts ? int(id) : NOBODY) << 16 | u32(i);
-    }
+    for (int e = threadIdx.x; e < p.num_experts; e += blockDim.x) placing.total[e] = placing.before[e] = 0;
     __syncthreads();
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
-        const int token = item / chunks, o = item % chunks * ROWS_THREADS + threadIdx.x;
-        if (item != blockIdx.x) read_octet(item);
-        for (int slot = warp; slot < p.slots; slot += PLACE_WARPS) {
-            const int pair = token * p.slots + slot;
-            const bool runs = keys[pair] >> 16 != NOBODY, writes = lane == 0 && runs && item % chunks == 0;
-            const float weight = writes ? read_weight(p.weights, p.weight_type, pair) : 0.f;
-            const int place = count_below(keys, quads, keys[pair], lane);
-            if (lane == 0) places[slot] = runs ? place : -1;
-            if (writes) p.pairs[place] = pair, p.sorted_weights[place] = weight;
-        }
-        __syncthreads();
+    const int begin = first * p.slots, own = (last - first) * p.slots;
+    placing.count(p, begin, own);
+    __syncthreads();
+    if (warp == 0) placing.locate(p, lane), placing.rank(own, lane);
+    __syncthreads();
+    if (chunk == 0)
+        for (int i = threadIdx.x; i < own; i += blockDim.x)
+            if (const int place = placing.places[i]; place >= 0)
+                p.pairs[place] = begin + i, p.sorted_weights[place] = read_weight(p.weights, p.weight_type, begin + i);
+    for (int from = 0; from < all; from += blockDim.x) {
+        const int at = from + threadIdx.x;
+        if (from > 0) read_octet(at);
         if (p.out.bytes) piece.make_bytes<G, BF16>(corners[warp], lane);
+        if (at >= all) continue;
+        const int* places = placing.places + at / width * p.slots;
         for (int slot = 0; slot < p.slots; ++slot)
-            if (places[slot] >= 0 && o < octets) piece.store<G>(p.out, places[slot], o);
-        __syncthreads();
-    }
-    for (int e = blockIdx.x * PLACE_WARPS + warp; e <= p.num_experts; e += gridDim.x * PLACE_WARPS) {
-        const int before = count_below(keys, quads, u32(e) << 16, lane);
-        if (lane == 0) p.first[e] = before;
+            if (places[slot] >= 0) piece.store<G>(p.out, places[slot], octet + at % width);
     }
 }

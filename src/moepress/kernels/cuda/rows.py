@@ -15,9 +15,8 @@ from moepress.kernels.cuda import choose
 from moepress.kernels.cuda.bank import RecordBank, structure
 from moepress.kernels.cuda.functions import address, find_function, is_bf16, processors_of
 
-PLACE_PAIRS, PLACE_SLOTS, PLACE_WARPS = 8192, 32, 8
-"""Pairs and slots up to which `place_rows` does without a sort, and warps of its blocks; as in route.cu."""
-_Sort = structure("_Sort", "ids weights first sorted sorted_weights", "", "ids_wide weight_type count num_experts")
+PLACE_PAIRS = 1024
+"""Most pairs of a block of `place_rows`, as in route.cu."""
 _WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _RowsOut = structure("_RowsOut", "rows bytes sums zeros", "", "count units record_units sum_floats zero_count")
 _Combine = structure("_Combine", "parts y ids", "", "ids_wide slots num_experts n tokens")
@@ -25,8 +24,8 @@ _Combine = structure("_Combine", "parts y ids", "", "ids_wide slots num_experts 
 
 class _Prepare(ctypes.Structure):
     _fields_ = (
-        ("x", ctypes.c_void_p), ("out", _RowsOut), ("pairs", ctypes.c_void_p), ("count", ctypes.c_void_p),
-        ("rows", ctypes.c_int), ("k", ctypes.c_int), ("slots", ctypes.c_int),
+        ("x", ctypes.c_void_p), ("out", _RowsOut), ("count", ctypes.c_void_p), ("rows", ctypes.c_int),
+        ("k", ctypes.c_int),
     )  # fmt: skip
 
 
@@ -35,7 +34,7 @@ class _Place(ctypes.Structure):
         ("x", ctypes.c_void_p), ("ids", ctypes.c_void_p), ("weights", ctypes.c_void_p), ("first", ctypes.c_void_p),
         ("pairs", ctypes.c_void_p), ("sorted_weights", ctypes.c_void_p), ("out", _RowsOut), ("ids_wide", ctypes.c_int),
         ("weight_type", ctypes.c_int), ("tokens", ctypes.c_int), ("slots", ctypes.c_int),
-        ("num_experts", ctypes.c_int), ("k", ctypes.c_int),
+        ("num_experts", ctypes.c_int), ("k", ctypes.c_int), ("chunks", ctypes.c_int),
     )  # fmt: skip
 
 
@@ -103,25 +102,29 @@ def sort_rows(
     pairs, types = tokens * slots, (int(ids.dtype == torch.int64), _WEIGHT_TYPES[weights.dtype])
     first, order = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (experts + 1, pairs))
     route = Route(first, order, torch.empty(pairs, dtype=torch.float32, device=x.device), slots)
-    given = ids.data_ptr(), weights.data_ptr()
-    made = tuple(each.data_ptr() for each in route[:3])
-    if pairs > PLACE_PAIRS or slots > PLACE_SLOTS:
-        sort = _Sort(*given, *made, *types, pairs, experts)
-        find_function("route.cu", "sort_pairs", device).launch(
-            1, 1024, 132 * experts + 2 * pairs, (sort,), programmatic=True
-        )
-        kinds = {"plain": plain, "in_bytes": in_bytes, "zeros": zeros}
-        return prepare(x, bank, pairs, **kinds, route=route, count=route.count), route
-
     rows = Rows.empty(x, pairs, bank, plain=plain, in_bytes=in_bytes)
-    place = _Place(x.data_ptr(), *given, *made, rows.argument(bank, zeros), *types, tokens, slots, experts, x.shape[1])
-    # a block has 256 octets of a token's columns, and a warp an expert's first pair
-    units = bank.shape.any.padded_columns // 64
-    blocks = max(tokens * -(-units // 32), -(-(experts + 1) // PLACE_WARPS))
+    threads, chunks, shares = place_blocks(tokens, slots, bank.shape.any.padded_columns, processors_of(device))
+    place = _Place(
+        x.data_ptr(), ids.data_ptr(), weights.data_ptr(), *(each.data_ptr() for each in route[:3]),
+        rows.argument(bank, zeros), *types, tokens, slots, experts, x.shape[1], chunks,
+    )  # fmt: skip
     find_function("route.cu", rows_instance("place_rows", bank.shape, x.dtype), device).launch(
-        min(8 * processors_of(device), blocks), 32 * PLACE_WARPS, 0, (place,), programmatic=True
+        chunks * shares, threads, 0, (place,), programmatic=True
     )
     return rows, route
+
+
+def place_blocks(tokens: int, slots: int, columns: int, processors: int) -> tuple[int, int, int]:
+    """Threads of a block of `place_rows`, chunks of a row with blocks of their own, and shares of the tokens.
+
+    Every block counts all pairs; so where these are many, blocks are few and large.
+    """
+    if tokens * slots <= 2048:
+        threads, chunks = 256, -(-columns // (8 * 256))
+        shares = min(tokens, max(1, 8 * processors // chunks))
+    else:
+        threads, chunks, shares = 1024, 1, min(tokens, processors)
+    return threads, chunks, max(shares, -(-tokens // (PLACE_PAIRS // slots)))
 
 
 def prepare(
@@ -131,16 +134,12 @@ def prepare(
     *,
     plain: bool,
     in_bytes: bool,
-    route: Route | None = None,
     count: torch.Tensor | None = None,
     zeros: torch.Tensor | None = None,
 ) -> Rows:
-    """x's rows as asked, in a route's order if there is one; the first `count` rows. `zeros`, int32, are set to 0."""
+    """x's rows as asked, the first `count` of them. `zeros`, int32, are set to 0."""
     made = Rows.empty(x, rows, bank, plain=plain, in_bytes=in_bytes)
-    _, pairs, _, slots = route or (None, None, None, 1)
-    arguments = _Prepare(
-        x.data_ptr(), made.argument(bank, zeros), address(pairs), address(count), rows, x.shape[1], slots
-    )
+    arguments = _Prepare(x.data_ptr(), made.argument(bank, zeros), address(count), rows, x.shape[1])
     blocks = min(8 * processors_of(x.device.index), -(-rows * bank.shape.any.padded_columns // (8 * 256)))
     find_function("route.cu", rows_instance("prepare_rows", bank.shape, x.dtype), x.device.index).launch(
         blocks, 256, 0, (arguments,), programmatic=True

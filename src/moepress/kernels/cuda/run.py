@@ -5,8 +5,7 @@ Legend: M or T tokens, k experts a token, P = T k pairs, E experts, H hidden and
 
     up to 8       gemv<GATE_UP> -> gemv<DOWN>                                                                 few.py
     more          place_rows -> grouped<GATE_UP> -> grouped<DOWN> -> combine                                  many.py
-                  (from 8193 pairs on sort_pairs -> prepare_rows first; grouped<PLAIN> before each half that has
-                  compensators, from 7 tokens an expert on)
+                  (grouped<PLAIN> before each half that has compensators, from 7 tokens an expert on)
 
 Every launch is programmatic: a kernel starts while the one before it ends, fetches weights, and waits for the rest.
 """
@@ -32,7 +31,7 @@ from moepress.kernels.records import RecordLayout
 
 MAX_EXPERTS, MAX_SLOTS = 512, 32
 MAX_PAIRS = 1 << 16
-"""Pairs that one block sorts in its shared memory; more tokens are run in turns."""
+"""Pairs of a launch; more tokens are run in turns."""
 DTYPES = (torch.bfloat16, torch.float16)
 
 
