@@ -29,12 +29,13 @@ from moepress.bench.run import Row, Setting, run_problem, warm_up
 
 SHAPES = ((8192, 8192), (14336, 4096), (4096, 14336), (4096, 4096))
 TOKENS = (1, 8, 16, 64, 256, 1024, 4096)
+DENSE_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 640, 1024)
 NAMES = ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-moe-16b")
 
 
 def problems(part: str) -> Iterator[Problem]:
     if part == "dense":
-        yield from (Problem("dense", shape, tokens) for shape in SHAPES for tokens in (1, 8, 64, 1024))
+        yield from (Problem("dense", shape, tokens) for shape in SHAPES for tokens in DENSE_TOKENS)
         yield from (Problem("dense", (4096, 4096), tokens, rank=rank) for rank in (0, 32) for tokens in (1, 64))
     elif part == "layers":
         yield from (Problem("moe", LAYERS[name], tokens, name=name) for name in NAMES for tokens in TOKENS)

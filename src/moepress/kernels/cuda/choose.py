@@ -34,10 +34,8 @@ _NARROW = {80: 64, 128: 96, 144: 128}
 """Tokens up to which wide tiles run with smaller products, as `NARROW` in grouped.cu has it."""
 RESERVED = 1024
 """Shared bytes that the system keeps of each block, and those lost to aligning the ring of `grouped`."""
-HOPPER, STATIC = 227 << 10, 40 << 10
-"""Shared bytes that a block can have, and more than any kernel declares for itself."""
-WIDE_STAGES = HOPPER - RESERVED - (12 << 10)
-"""Those that the ring of a dense layer's wide tiles can have; they declare 10 KB for themselves."""
+HOPPER, OWN = 227 << 10, 12 << 10
+"""Shared bytes that a block can have, and more than `grouped` declares for a dense layer or a factor besides sums."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +230,11 @@ class Tile:
             used = _up(used, 128) + 4 * records * self.tokens * bank.record_sums
         return _up(used, 1024)
 
+    def has_room(self, bank: Bank) -> bool:
+        """Whether two stages fit on Hopper, for a dense layer or a factor."""
+        sums = 4 * (self.column_groups - 1) * 64 * self.row_tiles * self.row_groups * self.tokens
+        return 2 * self.stage_bytes(bank) + sums <= HOPPER - OWN - RESERVED
+
     def stages(self, bank: Bank, available: int, ranks: Ranks | None = None) -> int:
         """Stages that fit where a block's share of shared memory is `available` bytes; below 2 the tile cannot run."""
         return min(8, (available - RESERVED) // self.stage_bytes(bank, ranks))
@@ -259,10 +262,14 @@ def _wide(bank: Bank, tokens_each: float) -> int:
 
     Those of mixed widths have products of one size only, so they come in a third.
     """
-    deviation = tokens_each**0.5
-    counts = [max(1, round(tokens_each + by * deviation)) for by in (-1.3, -0.65, 0, 0.65, 1.3)]
+    counts = _spread(tokens_each)
     sizes = [(80, 64), (128, 96), (144, 128)] if bank.uniform_bits else [(each, each) for each in (80, 96, 128)]
     return min(sizes, key=lambda size: sum(_expert_time(tokens, *size) for tokens in counts))[0]
+
+
+def _spread(tokens_each: float) -> list[int]:
+    """Tokens of five experts where the average is this, as chance has it."""
+    return [max(1, round(tokens_each + by * tokens_each**0.5)) for by in (-1.3, -0.65, 0, 0.65, 1.3)]
 
 
 def _expert_time(tokens: int, wide: int, narrow: int) -> float:
@@ -277,13 +284,22 @@ def _tile_time(tokens: int) -> float:
     return tokens + 120 + 1.5 * max(0, tokens - 128)
 
 
-def factor_tiles(bank: Bank, tokens_each: float) -> Sequence[Tile]:
-    """The same for v of compensators, which has few rows and long ones; in 16 bits."""
-    tiles = [Tile(32, 1, 1, columns) for columns in (4, 2)]  # warpgroups for all columns: there are few tiles
-    if tokens_each > 128:
-        tiles.insert(0, Tile(64, 1, 1, 2))
-    roomy = (tile for tile in tiles if 2 * tile.stage_bytes(bank) <= HOPPER // tile.blocks - STATIC - RESERVED)
-    return next(roomy), Tile(32, 1, 1, 1), Tile(8, 2, 1, 1)
+def every_factor_tile(bank: Bank) -> Sequence[Tile]:
+    """Of v of compensators, which has few rows and long ones: 64 rows, and several warpgroups for the columns."""
+    tiles = Tile(16, 1, 1, 4), Tile(32, 1, 1, 4), Tile(32, 1, 1, 2), Tile(64, 1, 1, 2), Tile(80, 1, 1, 2)
+    return [tile for tile in tiles if tile.has_room(bank)]
+
+
+@functools.lru_cache(1 << 14)
+def factor_tiles(bank: Bank, experts: int, rows: int, processors: int) -> Sequence[Tile]:
+    """The same for v of compensators, in 16 bits; `rows` of x are spread over the experts as chance has it."""
+
+    def time(tile: Tile) -> float:
+        tiles = sum(-(-count // tile.tokens) for count in _spread(rows / experts)) * experts / 5
+        splits, _ = factor_splits(bank, tile, experts, rows, processors)
+        return -(-tiles * splits // processors) * _TIMES[tile] / splits
+
+    return min(every_factor_tile(bank), key=time), Tile(32, 1, 1, 1), Tile(8, 2, 1, 1)
 
 
 def factor_splits(bank: Bank, tile: Tile, experts: int, pairs: int, processors: int) -> tuple[int, int]:
@@ -306,7 +322,7 @@ def dense_tiles(bank: Bank, tokens: int, processors: int) -> Sequence[Tile]:
     if tokens <= 8:
         best = Tile(8, 1, 2, 2) if bank.row_blocks >= 6 * processors else Tile(8, 1, 1, 4)
     else:
-        known = [tile for tile in _DENSE if 2 * tile.stage_bytes(bank) <= WIDE_STAGES]
+        known = [tile for tile in _TIMES if tile.has_room(bank)]
         best = min(known, key=lambda tile: _dense_time(tile, bank, tokens, processors)[0], default=Tile(64, 1, 1, 2))
     return best, Tile(best.tokens if best.tokens <= 32 else 64, 1, 1, 2), Tile(8, 1, 1, 1)
 
@@ -324,9 +340,10 @@ def dense_splits(bank: Bank, tile: Tile, tokens: int, processors: int) -> tuple[
     return splits, -(-bank.any.records_per_row_block // splits)  # of which none is empty
 
 
-_DENSE = {
-    Tile(16, 1, 1, 4): 5.9, Tile(16, 1, 2, 2): 12.1, Tile(32, 1, 1, 4): 7.3, Tile(32, 1, 2, 2): 13.4,
-    Tile(64, 1, 1, 2): 10.1, Tile(64, 1, 2, 1): 16.4,
+_TIMES = {
+    Tile(16, 1, 1, 4): 5.9, Tile(16, 1, 2, 2): 12.1,
+    Tile(32, 1, 1, 2): 9.0, Tile(32, 1, 1, 4): 7.3, Tile(32, 1, 2, 2): 13.4,
+    Tile(64, 1, 1, 2): 10.1, Tile(64, 1, 2, 1): 16.4, Tile(80, 1, 1, 2): 11.5,
     Tile(128, 1, 2, 1): 27.5, Tile(128, 2, 2, 1): 46.0, Tile(152, 2, 2, 1): 57.0,
 }  # fmt: skip
 """Tiles of dense layers of more than eight tokens, and microseconds that 4096 columns of one take on an H200."""
@@ -345,10 +362,10 @@ def _dense_time(tile: Tile, bank: Bank, tokens: int, processors: int) -> tuple[f
     def time(splits: int) -> float:
         columns = -(-records // splits) * bank.any.units * 64
         exchange = 1.5 + 0.3 * splits + sums / (1 << 16) if splits > 1 else 0
-        return -(-tiles * splits // processors) * full * _DENSE.get(tile, math.inf) * columns / 4096 + exchange
+        return -(-tiles * splits // processors) * full * _TIMES.get(tile, math.inf) * columns / 4096 + exchange
 
     # a cluster's blocks have one tile, and add up where their ring was
-    fits = tile in _DENSE and sums <= 2 * tile.stage_bytes(bank)
+    fits = tile in _TIMES and sums <= 2 * tile.stage_bytes(bank)
     shares = {-(-records // -(-records // most)): clusters for most, clusters in _CLUSTERS.items()} if fits else {}
     options = (splits for splits, clusters in shares.items() if tiles <= clusters * processors // 132)
     return min((time(splits), splits) for splits in {1, *options})

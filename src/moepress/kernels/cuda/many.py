@@ -100,8 +100,9 @@ def multiply(x: torch.Tensor, bank: RecordBank, columns: int, route: Route | Non
     Two launches where few tiles share the columns of x.
     """
     rows, experts = len(x), len(bank.where)
-    tile, stages = find_tile(x, bank, "PLAIN", choose.factor_tiles(bank.shape, rows / experts))
-    splits, each = choose.factor_splits(bank.shape, tile, experts, rows, processors_of(x.device.index))
+    processors = processors_of(x.device.index)
+    tile, stages = find_tile(x, bank, "PLAIN", choose.factor_tiles(bank.shape, experts, rows, processors))
+    splits, each = choose.factor_splits(bank.shape, tile, experts, rows, processors)
     parts = x.new_empty(rows * splits, columns)
     operands = Rows(x, None, None), parts.view(rows, -1), bank, columns, rows // (route.slots if route else 1)
     grouped("PLAIN", tile, stages, *operands, route=route, splits=(splits, each))
@@ -123,7 +124,7 @@ def instances(
         yield "route.cu", rows_instance(kernel, bank, dtype)
     for half, bank, both in zip(HALVES, (gate_up, down), factors, strict=True):
         for tokens in choose.EXAMPLES:
-            yield from _compensated(half, bank, both, dtype, choose.expert_tiles(bank, tokens)[0], tokens)
+            yield from _compensated(half, bank, both, dtype, choose.expert_tiles(bank, tokens)[0])
 
 
 def dense_instances(
@@ -133,8 +134,7 @@ def dense_instances(
     yield "route.cu", rows_instance("prepare_rows", bank, dtype)
     yield "route.cu", f"combine<{is_bf16(dtype)}>"
     for tile in choose.every_dense_tile(bank, processors):
-        yield from _compensated("DENSE", bank, factors, dtype, tile, tile.tokens)
-        yield from _compensated("DENSE", bank, factors, dtype, tile, 1000)
+        yield from _compensated("DENSE", bank, factors, dtype, tile)
 
 
 def _compensated(
@@ -143,9 +143,9 @@ def _compensated(
     factors: tuple[choose.Bank, choose.Bank] | None,
     dtype: torch.dtype,
     tile: choose.Tile,
-    tokens: int,
 ) -> Iterator[tuple[str, str]]:
     ranks = choose.ranks(factors[0].any, factors[1].any) if factors else None
     yield "grouped.cu", grouped_instance(mode, bank, dtype, tile, ranks)
     if factors and not tile.takes_bytes:
-        yield "grouped.cu", grouped_instance("PLAIN", factors[0], dtype, choose.factor_tiles(factors[0], tokens)[0])
+        for own in choose.every_factor_tile(factors[0]):
+            yield "grouped.cu", grouped_instance("PLAIN", factors[0], dtype, own)
