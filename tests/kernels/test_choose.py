@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from importlib import resources
+from itertools import accumulate
 from random import Random
 
 import pytest
@@ -80,13 +81,16 @@ def test_a_tile_fits_any_matrix(bank: choose.Bank, count: int, cores: int) -> No
     tiles, records = choose.dense_tiles(bank, count, cores), bank.any.records_per_row_block
     some_tile_fits(bank, tuple(tiles), PLAINER)
     for tile in tiles:
-        splits, size = choose.dense_splits(bank, tile, count, cores)
-        assert (splits - 1) * size < records <= splits * size and splits <= 8, "a part without columns never ends"
-        if splits > 1:
-            blocks = -(-bank.row_blocks // tile.row_blocks) * -(-count // tile.tokens) * splits
-            assert blocks <= cores, "a block of a cluster has one tile"
-            ring = tile.stages(bank, AVAILABLE - static(tile) + PLAINER) * tile.stage_bytes(bank)
-            assert ring >= 4 * 16 * tile.row_blocks * tile.tokens, "sums lie where the ring was"
+        parts = choose.dense_parts(bank, tile, count, cores)
+        tiles = -(-bank.row_blocks // tile.row_blocks) * -(-count // tile.tokens)
+        assert [part.first for part in parts] == [0, *accumulate(part.tiles for part in parts)][:-1]
+        assert sum(part.tiles for part in parts) == tiles and all(part.tiles for part in parts)
+        for part in parts:
+            assert (part.splits - 1) * part.records < records <= part.splits * part.records, "an empty one never ends"
+            if part.splits > 1:
+                assert part.splits * part.tiles <= cores and part.splits <= 4, "a block of a cluster has one tile"
+                ring = tile.stages(bank, AVAILABLE - static(tile) + PLAINER) * tile.stage_bytes(bank)
+                assert ring >= 4 * 16 * tile.row_blocks * tile.tokens, "sums lie where the ring was"
 
 
 @given(
@@ -137,8 +141,11 @@ def test_known_layers() -> None:
     assert list(tiles.values()) == [
         choose.Tile(*t) for t in ((16, 1, 1, 4), (64, 1, 2, 1), (128, 2, 2, 1), (128, 2, 2, 1))
     ]
-    parts = [choose.dense_splits(square, tile, tokens, 132) for tokens, tile in tiles.items()]
-    assert parts == [(1, 32), (2, 16), (2, 16), (1, 32)], "128 tiles, 64, 64 and 256"
+    counts = [
+        [(part.tiles, part.splits) for part in choose.dense_parts(square, tile, tokens, 132)]
+        for tokens, tile in (*tiles.items(), (640, tiles[1024]))
+    ]
+    assert counts == [[(128, 1)], [(64, 2)], [(64, 2)], [(256, 1)], [(132, 1), (28, 4)]]
     assert [choose.expert_tiles(mixed, each)[0].tokens for each in (40.0, 64.0, 140.0, 1000.0)] == [80, 80, 80, 128]
     short = choose.Bank((RecordLayout(2048, 1408, 3, 64),))
     assert (short.any.units, short.step) == (2, 2)
@@ -216,7 +223,8 @@ def test_a_block_places_what_it_has_room_for(count: int, slots: int, units: int,
     assert most * slots <= PLACE_PAIRS and threads % 32 == 0 and chunks <= units
 
 
-@pytest.mark.parametrize("name", ["PLACE_PAIRS"])
-def test_blocks_that_place_rows_have_the_room_that_the_source_says(name: str) -> None:
-    source = resources.files("moepress.kernels.cuda").joinpath("route.cu").read_text()
-    assert re.findall(rf"^constexpr int {name} = (\d+);", source, re.MULTILINE) == [str(PLACE_PAIRS)]
+def test_sources_have_the_sizes_that_launches_have() -> None:
+    sources = resources.files("moepress.kernels.cuda")
+    route, grouped = (sources.joinpath(name).read_text() for name in ("route.cu", "grouped.cu"))
+    assert re.findall(r"^constexpr int PLACE_PAIRS = (\d+);", route, re.MULTILINE) == [str(PLACE_PAIRS)]
+    assert re.findall(r"^constexpr int .*MAX_SPLITS = (\d+);", grouped, re.MULTILINE) == [str(max(choose._CLUSTERS))]

@@ -333,42 +333,60 @@ def every_dense_tile(bank: Bank, processors: int) -> set[Tile]:
     return {dense_tiles(bank, tokens, processors)[0] for tokens in counts}
 
 
+@dataclass(frozen=True)
+class Part:
+    """Tiles of a dense layer that one launch runs, and blocks of a cluster that share the columns of each."""
+
+    first: int
+    tiles: int
+    splits: int
+    records: int
+    """Of a split; none is empty."""
+
+
 @functools.lru_cache(1 << 14)
-def dense_splits(bank: Bank, tile: Tile, tokens: int, processors: int) -> tuple[int, int]:
-    """Blocks of a cluster that share a dense layer's columns, where tiles are too few for the GPU; records of each."""
+def dense_parts(bank: Bank, tile: Tile, tokens: int, processors: int) -> Sequence[Part]:
+    """Launches of a dense layer: whole rounds of all multiprocessors, and what is left, by clusters if that is best."""
     _, splits = _dense_time(tile, bank, tokens, processors)
-    return splits, -(-bank.any.records_per_row_block // splits)  # of which none is empty
+    tiles, records = _dense_tiles(tile, bank, tokens), bank.any.records_per_row_block
+    whole = tiles if splits == 1 else tiles // processors * processors
+    parts = Part(0, whole, 1, records), Part(whole, tiles - whole, splits, -(-records // splits))
+    return [part for part in parts if part.tiles]
+
+
+def _dense_tiles(tile: Tile, bank: Bank, tokens: int) -> int:
+    return -(-bank.row_blocks // tile.row_blocks) * -(-tokens // tile.tokens)
 
 
 _TIMES = {
     Tile(16, 1, 1, 4): 5.9, Tile(16, 1, 2, 2): 12.1,
     Tile(32, 1, 1, 2): 9.0, Tile(32, 1, 1, 4): 7.3, Tile(32, 1, 2, 2): 13.4,
     Tile(64, 1, 1, 2): 10.1, Tile(64, 1, 2, 1): 16.4, Tile(80, 1, 1, 2): 11.5,
-    Tile(128, 1, 2, 1): 27.5, Tile(128, 2, 2, 1): 46.0, Tile(152, 2, 2, 1): 57.0,
+    Tile(128, 1, 2, 1): 27.5, Tile(128, 2, 2, 1): 46.0, Tile(152, 2, 2, 1): 55.5,
 }  # fmt: skip
 """Tiles of dense layers of more than eight tokens, and microseconds that 4096 columns of one take on an H200."""
-_CLUSTERS = {2: 66, 3: 39}
-"""Clusters of so many blocks that 132 multiprocessors hold at a time, as an H200 told. Of four it held 30, so that the
-32 of 8192 rows took twice as long; how many it holds of those depends on where a card's multiprocessors lie."""
+_CLUSTERS = {2: 66, 3: 39, 4: 28}
+"""Clusters of so many blocks that 132 multiprocessors hold at a time; of four an H200 held 30, so that 32 of them took
+twice as long. How many it holds depends on where a card's multiprocessors lie; of more than four it is few."""
 
 
 def _dense_time(tile: Tile, bank: Bank, tokens: int, processors: int) -> tuple[float, int]:
-    """Microseconds of a matrix but for the launch, and the splits with which it takes these."""
-    records, token_tiles = bank.any.records_per_row_block, -(-tokens // tile.tokens)
-    tiles = -(-bank.row_blocks // tile.row_blocks) * token_tiles
-    full = _expert_time(tokens, tile.tokens, tile.narrow) / (token_tiles * _tile_time(tile.tokens))
+    """Microseconds of a matrix but for the launch, and the splits of the last tiles with which it takes these."""
+    records, tiles = bank.any.records_per_row_block, _dense_tiles(tile, bank, tokens)
+    full = _expert_time(tokens, tile.tokens, tile.narrow) / (-(-tokens // tile.tokens) * _tile_time(tile.tokens))
+    of_record = full * _TIMES.get(tile, math.inf) * bank.any.units * 64 / 4096
+    whole, left = divmod(tiles, processors)
     sums = 4 * 16 * tile.row_blocks * tile.tokens
 
     def time(splits: int) -> float:
-        columns = -(-records // splits) * bank.any.units * 64
-        exchange = 1.5 + 0.3 * splits + sums / (1 << 16) if splits > 1 else 0
-        return -(-tiles * splits // processors) * full * _TIMES.get(tile, math.inf) * columns / 4096 + exchange
+        exchange = 1.5 + 0.3 * splits + sums / (1 << 16) + (2 if whole else 0)
+        return of_record * (whole * records + -(-records // splits)) + exchange
 
     # a cluster's blocks have one tile, and add up where their ring was
     fits = tile in _TIMES and sums <= 2 * tile.stage_bytes(bank)
-    shares = {-(-records // -(-records // most)): clusters for most, clusters in _CLUSTERS.items()} if fits else {}
-    options = (splits for splits, clusters in shares.items() if tiles <= clusters * processors // 132)
-    return min((time(splits), splits) for splits in {1, *options})
+    shares = {-(-records // -(-records // most)): clusters for most, clusters in _CLUSTERS.items()}
+    options = [s for s, clusters in shares.items() if fits and s > 1 and 0 < left <= clusters * processors // 132]
+    return min([(of_record * records * -(-tiles // processors), 1), *((time(splits), splits) for splits in options)])
 
 
 def _up(x: int, to: int) -> int:

@@ -52,9 +52,10 @@ struct Arguments {
     int stages;
     int splits;             // parts of the columns: PLAIN with a result each, DENSE blocks of a cluster; else 1
     int split_records;      // of a part
+    int first_tile, tiles;  // DENSE, but for tiles of 8 tokens: what this launch runs
 };
 
-constexpr int MAX_EXPERTS = 512, MAX_SPLITS = 3;
+constexpr int MAX_EXPERTS = 512, MAX_SPLITS = 4;
 
 // Tensor maps of the activations, DENSE of the tokens, else of the sorted pairs: x as [units][rows][64] in boxes of
 // [KW * 4, NT or NARROW, 64] with 128-byte swizzle, and for tiles of 8 tokens the same of x's bytes, and their sums as
@@ -95,15 +96,16 @@ constexpr int NARROW = MI == 1 || B == 0 || NT == 152 ? NT : NT == 144 ? 128 : N
 template <int NT, int N, int TILE_BLOCKS, int MODE> struct Schedule {
     const int *tiles, *first;  // [num_experts + 1] token tiles and pairs before each expert
     int own_row_tiles, v_row_tiles, token_tiles, num_experts, all_tokens, splits;
+    int first_tile, some;  // DENSE; 0: all of them
 
-    __device__ int total() const { return token_tiles * (v_row_tiles + own_row_tiles); }
+    __device__ int total() const { return MODE == DENSE && some ? some * splits : token_tiles * (v_row_tiles + own_row_tiles); }
 
     __device__ Work at(int index) const {
         const bool of_v = index < token_tiles * v_row_tiles;
         const int row_tiles = of_v ? v_row_tiles : own_row_tiles;
         if (!of_v) index -= token_tiles * v_row_tiles;
         if constexpr (MODE == DENSE) {
-            const int at = index / splits, tile = at % token_tiles, start = begin(all_tokens, tile, token_tiles);
+            const int at = first_tile + index / splits, tile = at % token_tiles, start = begin(all_tokens, tile, token_tiles);
             return {0, start, begin(all_tokens, tile + 1, token_tiles) - start, at / token_tiles * TILE_BLOCKS,
                     of_v ? 1 : index % splits};
         }
@@ -702,10 +704,10 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
     __syncthreads();
     Schedule<NT, NARROW<NT, MI, B>, C::ROW_BLOCKS, MODE> schedule;
     auto row_tiles = [](int row_blocks) { return (row_blocks + C::ROW_BLOCKS - 1) / C::ROW_BLOCKS; };
-    schedule.own_row_tiles = row_tiles(p.row_blocks) * (SPLIT ? p.splits : 1);
+    schedule.own_row_tiles = row_tiles(p.row_blocks) * (MODE == PLAIN ? p.splits : 1);
     schedule.v_row_tiles = C::MULTIPLIES_V ? row_tiles(p.add.v_row_blocks) : 0;
     schedule.first = firsts, schedule.tiles = tiles, schedule.num_experts = p.num_experts, schedule.all_tokens = p.tokens;
-    schedule.splits = p.splits;
+    schedule.splits = p.splits, schedule.first_tile = p.first_tile, schedule.some = p.tiles;
     schedule.token_tiles = MODE == DENSE ? (p.tokens + NT - 1) / NT : tiles[p.num_experts];
 
     if (thread >= C::CONSUMERS) {  // producer

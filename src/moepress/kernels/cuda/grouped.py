@@ -20,7 +20,9 @@ from moepress.kernels.cuda.rows import Route, Rows
 from moepress.kernels.cuda.tensor_map import map_rows, map_sums
 
 _Next = structure("_Next", "bytes sums", "", "units record_units segments floats")
-_Sizes = structure("_Sizes", "", "", "tokens slots num_experts n ld records row_blocks stages splits split_records")
+_Sizes = structure(
+    "_Sizes", "", "", "tokens slots num_experts n ld records row_blocks stages splits split_records first_tile tiles"
+)
 
 
 class _Compensators(ctypes.Structure):
@@ -70,11 +72,11 @@ def grouped(
     route: Route | None = None,
     added: Added | None = None,
     then: Next | None = None,
-    splits: tuple[int, int] | None = None,
+    part: choose.Part | None = None,
 ) -> None:
     """One product into y [.., ld], of which `columns` are real; without y into the bytes of `then` alone.
 
-    `splits` are parts of the columns and the records of each, by default one of all.
+    `part` says which tiles and how their columns are split, by default all and not at all.
     """
     x = rows.bytes if tile.takes_bytes else rows.plain
     assert x is not None, f"{mode} takes {'bytes' if tile.takes_bytes else '16 bits'}, which nobody has made"
@@ -82,12 +84,13 @@ def grouped(
     ranks = added and added.factors.ranks
     function, _ = find_kernel("grouped.cu", grouped_instance(mode, shape, x.dtype, tile, ranks), device)
     first, pairs, weights, slots = route or (None, None, None, 1)
+    split = (part.splits, part.records, part.first, part.tiles) if part else (1, layout.records_per_row_block, 0, 0)
     arguments = _Grouped(
         address(y), address(bias), bank.argument, address(first), address(pairs), address(weights),
         _compensators(added), _next(then),
         _Sizes(
             tokens, slots, len(bank.where), columns, ld if ld is not None else y.shape[1],
-            layout.records_per_row_block, shape.row_blocks, stages, *splits or (1, layout.records_per_row_block),
+            layout.records_per_row_block, shape.row_blocks, stages, *split,
         ),
     )  # fmt: skip
     x_map, other_map = (map_rows(x, each, 4 * tile.column_groups) for each in (tile.tokens, tile.narrow))
@@ -96,8 +99,8 @@ def grouped(
     t_map = map_rows(added.t, tile.tokens, 1) if added and not tile.takes_bytes else x_map  # x_map: nobody reads it
     shared = stages * tile.stage_bytes(shape, ranks) + choose.RESERVED
     blocks, cluster = tile.blocks * processors_of(device), 1
-    if mode == "DENSE" and splits and splits[0] > 1:
-        cluster, blocks = splits[0], -(-shape.row_blocks // tile.row_blocks) * -(-tokens // tile.tokens) * splits[0]
+    if mode == "DENSE" and part and part.splits > 1:
+        cluster, blocks = part.splits, part.splits * part.tiles
     function.launch(
         blocks, tile.threads, shared, (arguments, x_map, other_map, t_map), cluster=cluster, programmatic=True
     )

@@ -33,8 +33,12 @@ def many_linear(
         done = torch.empty(1, dtype=torch.int32, device=x.device) if factors else None
         rows = prepare(x, bank, len(x), plain=False, in_bytes=True, zeros=done)
     added = compensate(rows, tile, factors, done=done)
-    splits = choose.dense_splits(bank.shape, tile, len(x), processors_of(x.device.index))
-    grouped("DENSE", tile, stages, rows, y, bank, y.shape[1], len(x), bias=bias, added=added, splits=splits)
+    operands = rows, y, bank, y.shape[1], len(x)
+    if tile.takes_bytes:
+        grouped("DENSE", tile, stages, *operands, bias=bias, added=added)
+        return
+    for part in choose.dense_parts(bank.shape, tile, len(x), processors_of(x.device.index)):
+        grouped("DENSE", tile, stages, *operands, bias=bias, added=added, part=part)
 
 
 def run_many(
@@ -105,7 +109,7 @@ def multiply(x: torch.Tensor, bank: RecordBank, columns: int, route: Route | Non
     splits, each = choose.factor_splits(bank.shape, tile, experts, rows, processors)
     parts = x.new_empty(rows * splits, columns)
     operands = Rows(x, None, None), parts.view(rows, -1), bank, columns, rows // (route.slots if route else 1)
-    grouped("PLAIN", tile, stages, *operands, route=route, splits=(splits, each))
+    grouped("PLAIN", tile, stages, *operands, route=route, part=choose.Part(0, 0, splits, each))
     if splits == 1:
         return parts
     combine(parts, None, 1, y := x.new_empty(rows, columns))
