@@ -233,7 +233,7 @@ ROUTINGS: dict[str, Routing] = {
     "usual": lambda g, e: torch.rand(18, e, generator=g).topk(2).indices,
     "few tokens": lambda g, e: torch.rand(3, e, generator=g).topk(2).indices,
     "one token": lambda g, e: torch.tensor([[e - 1, 0]]),
-    "all to one": lambda g, e: torch.full((18, 1), 4),
+    "all to one": lambda g, e: torch.full((72, 1), 4),  # of 18 tokens' errors the largest is luck
     "one expert twice": lambda g, e: torch.tensor([[3, 3], [2, 3], [3, 2], [5, 5], [0, 0]]),
     "some to nobody": lambda g, e: torch.tensor([[-1, 2], [e, 0], [5, -1], [10**6, -7], [3, 4]]),
     "one, some to nobody": lambda g, e: torch.tensor([[-(10**9), 10**9, 2]]),
