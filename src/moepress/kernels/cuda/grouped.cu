@@ -262,9 +262,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], A& added, u3
                     const u32 from = w + (((wg * MI + mi) * KW * STEP + kw * STEP + s) * 4 + warp) * size;
                     dequantize_any<B, MAX_B, U, G, BF16>(operand, words[mi], from, u, lane, bits, centre);
                     wgmma_fence();
-#pragma unroll
-                    for (int j = 0; j < 4; ++j)
-                        Wgmma<N, BF16>::run(acc[mi], operand + 4 * j, descriptor(tile + unit * N * 8 + 2 * j));
+                    Wgmma<N, BF16>::run(acc[mi], operand, tile + unit * N * 8);
                     wgmma_commit();
                     wgmma_wait<1>();
                     if (unit == 0 && mi == 0 && held >= 0) {
@@ -281,8 +279,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], A& added, u3
             for (int mi = 0; mi < MI; ++mi) {
                 added.operands(a[mi % 2], mi);
                 wgmma_fence();
-#pragma unroll
-                for (int j = 0; j < 4; ++j) Wgmma<N, BF16>::run(acc[mi], a[mi % 2] + 4 * j, descriptor(tile + 2 * j));
+                Wgmma<N, BF16>::run(acc[mi], a[mi % 2], tile);
                 wgmma_commit();
                 wgmma_wait<1>();
                 if (mi == 0 && held >= 0 && lane == 0) mbarrier_arrive(bars + 16 * held + 8);
