@@ -2,8 +2,8 @@
 """Which instance of which kernel runs a problem, and with how much shared memory. Pure arithmetic.
 
 The rules come from measurements on an H200 and an H100 (docs/LOG.md): warps that share a row block, and how many tokens
-make a tile. Tiles of 8 tokens multiply bytes; wider ones multiply scaled weights, and from 80 on a warpgroup has
-two row tiles.
+make a tile. Tiles of 8 tokens multiply bytes; wider ones multiply scaled weights, and experts' tiles of 80 and more
+have two row tiles a warpgroup.
 """
 
 from __future__ import annotations
