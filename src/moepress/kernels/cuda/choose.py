@@ -30,6 +30,8 @@ EXAMPLES = 2, 16, 64, 160, 257
 """Numbers of tokens, on average of an expert, that ask for every best tile there is."""
 MOST_TOKENS = 1 << 15
 """Tokens for which a dense layer's tiles are known beforehand."""
+HALF_STATIC = 17_408
+"""Most shared bytes that `grouped` declares for a wide tile of half of an expert."""
 _NARROW = {80: 64, 128: 96, 144: 128}
 """Tokens up to which wide tiles run with smaller products, as `NARROW` in grouped.cu has it."""
 RESERVED = 1024
@@ -263,7 +265,9 @@ def _wide(bank: Bank, tokens_each: float) -> int:
     Those of mixed widths have products of one size only, so they come in a third.
     """
     counts = _spread(tokens_each)
-    sizes = [(80, 64), (128, 96), (144, 128)] if bank.uniform_bits else [(each, each) for each in (80, 96, 128)]
+    sizes = [(80, 64), (128, 96)] if bank.uniform_bits else [(each, each) for each in (80, 96, 128)]
+    if bank.uniform_bits and 2 * Tile(144, 2, 2, 1).stage_bytes(bank) <= HOPPER - RESERVED - HALF_STATIC:
+        sizes.append((144, 128))  # not with 4 bits: without room for two stages a tile of 64 would run
     return min(sizes, key=lambda size: sum(_expert_time(tokens, *size) for tokens in counts))[0]
 
 
