@@ -124,6 +124,13 @@ def test_known_layers() -> None:
     assert choose.expert_tiles(gate_up, 64.0)[0] == choose.Tile(80, 2, 2, 1)
     assert choose.expert_tiles(gate_up, 200.0)[0] == choose.Tile(128, 2, 2, 1)
     assert {choose.expert_tiles(gate_up, each)[0] for each in (256.0, 1024.0)} == {choose.Tile(144, 2, 2, 1)}
+    tall, tile = choose.Bank((RecordLayout(9000, 2048, 3, 64),)), choose.Tile(128, 2, 2, 1)
+    assert choose.dense_tiles(tall, 600, 132)[0] == tile, "what GPU tests run in two launches"
+    assert [(part.first, part.tiles, part.splits) for part in choose.dense_parts(tall, tile, 600, 132)] == [
+        (0, 132, 1), (132, 48, 2),
+    ]  # fmt: skip
+    few = choose.Bank((RecordLayout(3840, 1024, 3, 64),))
+    assert choose._dense_time(choose.Tile(128, 1, 2, 1), few, 256, 132)[1] == 2, "60 clusters; 66 fit"
     four = choose.Bank((RecordLayout(28672, 4096, 4, 64),))
     assert choose.expert_tiles(four, 257.0)[0] == choose.Tile(128, 2, 2, 1), "two stages of 144 do not fit"
     assert choose.expert_tiles(small, 0.5)[0] == choose.Tile(8, 1, 2, 1, blocks=2)

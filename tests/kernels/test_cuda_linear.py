@@ -30,6 +30,7 @@ CASES = [
     *((bits, 64, torch.float16, *next(SHAPES)) for bits in BITS),
     *((3, 64, dtype, 1000, k) for dtype in (torch.bfloat16, torch.float16) for k in (200, 640, 2048)),
     (4, 128, torch.bfloat16, 24, 8), (2, 32, torch.float16, 4096, 1024), (3, 64, torch.bfloat16, 2100, 4608),
+    (3, 64, torch.bfloat16, 9000, 2048),  # at 600 tokens two launches, one of clusters
 ]  # fmt: skip
 by_case = pytest.mark.parametrize(("bits", "group_size", "dtype", "n", "k"), CASES)
 

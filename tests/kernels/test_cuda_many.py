@@ -57,7 +57,7 @@ CASES = {
     "compensated, mixed, long": Case(4, 2, 1600, 1664, bits=(2, 3), down_bits=(3, 4), ranks=(128, None)),
 }
 TOKENS = (9, 33, 180, 700, 1100)
-"""Tiles of 8, 32, 96 and 128 tokens in cases of few experts; up to 2048 pairs and more."""
+"""Tiles of 8, 32, 80, 128 and 144 tokens in cases of few experts; small blocks that place rows, and large ones."""
 by_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 

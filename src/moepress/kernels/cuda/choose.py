@@ -334,12 +334,15 @@ def dense_tiles(bank: Bank, tokens: int, processors: int) -> Sequence[Tile]:
 def every_dense_tile(bank: Bank, processors: int) -> set[Tile]:
     """All that are best for some number of tokens, at least 2 and up to MOST_TOKENS."""
     counts = {2} | {tokens for size in (16, 152) for tokens in range(size, MOST_TOKENS + size, size)}
-    return {dense_tiles(bank, tokens, processors)[0] for tokens in counts}
+    return {dense_tiles.__wrapped__(bank, tokens, processors)[0] for tokens in counts}  # not cached
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tiles of a dense layer that one launch runs, and blocks of a cluster that share the columns of each."""
+    """Tiles of a dense layer that one launch runs, and blocks of a cluster that share the columns of each.
+
+    Of a factor all tiles, as `tiles` 0, and parts of their columns with a result each.
+    """
 
     first: int
     tiles: int
@@ -355,7 +358,7 @@ def dense_parts(bank: Bank, tile: Tile, tokens: int, processors: int) -> Sequenc
     tiles, records = _dense_tiles(tile, bank, tokens), bank.any.records_per_row_block
     whole = tiles if splits == 1 else tiles // processors * processors
     parts = Part(0, whole, 1, records), Part(whole, tiles - whole, splits, -(-records // splits))
-    return [part for part in parts if part.tiles]
+    return tuple(part for part in parts if part.tiles)
 
 
 def _dense_tiles(tile: Tile, bank: Bank, tokens: int) -> int:
@@ -388,8 +391,8 @@ def _dense_time(tile: Tile, bank: Bank, tokens: int, processors: int) -> tuple[f
 
     # a cluster's blocks have one tile, and add up where their ring was
     fits = tile in _TIMES and sums <= 2 * tile.stage_bytes(bank)
-    shares = {-(-records // -(-records // most)): clusters for most, clusters in _CLUSTERS.items()}
-    options = [s for s, clusters in shares.items() if fits and s > 1 and 0 < left <= clusters * processors // 132]
+    shares = {-(-records // -(-records // most)) for most in _CLUSTERS} - {1}  # none of which is empty
+    options = [s for s in shares if fits and 0 < left <= _CLUSTERS[s] * processors // 132]
     return min([(of_record * records * -(-tiles // processors), 1), *((time(splits), splits) for splits in options)])
 
 

@@ -89,7 +89,7 @@ struct alignas(16) Work {
 // Wide tiles have products of two sizes: experts' tokens come in all numbers, and time goes with columns, empty or not. Mixed
 // widths have one: unpacking all of them twice took 3 s to compile. Tiles of 152 are a dense layer's, where all are full.
 template <int NT, int MI, int B>
-constexpr int NARROW = MI == 1 || B == 0 || NT == 152 ? NT : NT == 144 ? 128 : NT == 128 ? 96 : 64;
+constexpr int NARROW = MI == 1 || B == 0 || NT == 152 ? NT : NT == 144 ? 128 : NT == 128 ? 96 : NT == 80 ? 64 : NT;
 
 // Tiles in order: expert, row tile, token tile; so that blocks at work together share an expert's records in L2. Of an
 // expert's tiles, as few as can be are wider than N tokens. Before them all, those of v.
@@ -448,7 +448,7 @@ template <bool BF16, int NT, int MODE>
 __device__ __forceinline__ void store_rows(const Arguments& p, const Work& work, const Columns* columns, u32 corner, uint4* octets,
                                            int row_block, float (&acc)[NT / 2], int lane) {
     using H = Half<BF16>;
-    constexpr int CHUNK = NT < 32 ? NT : NT % 32 ? 16 : 32, HALVES = MODE == GATE_UP ? 1 : 2;  // 16-byte pieces of a token
+    constexpr int CHUNK = NT < 32 ? NT : NT % 32 == 0 ? 32 : NT % 16 == 0 ? 16 : 8, HALVES = MODE == GATE_UP ? 1 : 2;  // 16-byte pieces of a token
     const int n = row_block * 8 * HALVES;
     float bias[2] = {0.f, 0.f};
     if (MODE == DENSE && p.bias)

@@ -124,7 +124,7 @@ def instances(
 ) -> Iterator[tuple[str, str]]:
     """Pairs of source and instance that `run_many` can need; `factors` are v and u of both halves."""
     yield "route.cu", f"combine<{is_bf16(dtype)}>"
-    for kernel, bank in (("place_rows", gate_up), ("prepare_rows", gate_up), ("prepare_rows", down)):
+    for kernel, bank in (("place_rows", gate_up), ("prepare_rows", down)):
         yield "route.cu", rows_instance(kernel, bank, dtype)
     for half, bank, both in zip(HALVES, (gate_up, down), factors, strict=True):
         for tokens in choose.EXAMPLES:
