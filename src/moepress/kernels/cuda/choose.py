@@ -193,6 +193,8 @@ class Tile:
     column_groups: int
     blocks: int = 1
     """Blocks that share a multiprocessor: while one stores its tile, another multiplies."""
+    scales_sums: bool = False
+    """Whether codes are multiplied as they are and their sums scaled, group by group, instead of the weights."""
 
     @property
     def narrow(self) -> int:
@@ -210,25 +212,31 @@ class Tile:
         return self.tokens == 8 and self.row_tiles == 1
 
     @property
+    def takes_sums(self) -> bool:
+        """Whether x comes with sums of each segment."""
+        return self.takes_bytes or self.scales_sums
+
+    @property
     def makes_bytes(self) -> bool:
         """Whether a tile of gate and up can make bytes of its results: it has whole units of 64 of them."""
         return self.takes_bytes and self.row_blocks % 8 == 0
 
     @property
     def threads(self) -> int:
-        many_registers = self.row_tiles * self.tokens >= 128
+        many_registers = self.row_tiles * self.tokens >= 128 or self.scales_sums
         return 128 * self.row_groups * self.column_groups + (128 if many_registers else 32)
 
     @property
     def template(self) -> str:
-        return f"{self.row_tiles}, {self.row_groups}, {self.column_groups}, {self.blocks}"
+        shape = f"{self.row_tiles}, {self.row_groups}, {self.column_groups}, {self.blocks}"
+        return f"{shape}, {str(self.scales_sums).lower()}"
 
     def stage_bytes(self, bank: Bank, ranks: Ranks | None = None) -> int:
         """Shared bytes of one stage of the ring, as `Config` in grouped.cu has it."""
         columns, records = self.column_groups, self.column_groups * bank.step
         record = max(bank.record_bytes, ranks.v_record_bytes if ranks and self.takes_bytes else 0)
         used = columns * 4 * 128 * self.tokens + records * self.row_blocks * record
-        if self.takes_bytes:
+        if self.takes_sums:
             used = _up(used, 128) + 4 * records * self.tokens * bank.record_sums
         return _up(used, 1024)
 
@@ -247,13 +255,18 @@ def passes_bytes(up_tile: Tile, gate_up: Bank, tile: Tile, down: Bank) -> bool:
     return tile.takes_bytes and up_tile.makes_bytes and gate_up.segments == down.segments
 
 
-def expert_tiles(bank: Bank, tokens_each: float) -> Sequence[Tile]:
-    """Tiles for experts of `tokens_each` tokens on average, best first; the first that fits runs."""
+def expert_tiles(bank: Bank, tokens_each: float, *, bf16: bool = True) -> Sequence[Tile]:
+    """Tiles for experts of `tokens_each` tokens on average, best first; the first that fits runs.
+
+    Sums are scaled where codes have a base that bfloat16 holds and one scale for each unit. In float16 the bases are eight
+    times as large, and take too many places of the sums.
+    """
     long = bank.any.padded_columns >= 24 * 64  # short ones have tiles that end together with others' beginnings
     if tokens_each <= 6:
         best = Tile(8, 1, 2, 2) if long else Tile(8, 1, 2, 1, blocks=2)
     elif tokens_each <= 28:
-        best = Tile(32, 1, 4, 1) if long else Tile(32, 1, 2, 1, blocks=2)
+        scales_sums = bf16 and bank.uniform_bits in (1, 2, 3, 4) and bank.segments == 1
+        best = Tile(32, 1, 4, 1, 1, scales_sums) if long else Tile(32, 1, 2, 1, 2, scales_sums)
     else:
         best = Tile(_wide(bank, tokens_each), 2, 2, 1)
     return best, Tile(best.tokens if best.tokens <= 32 else 64, 1, 2, 1), Tile(8, 1, 1, 1)

@@ -99,6 +99,14 @@ template <int B, bool BF16> __host__ __device__ constexpr int place(int pair) {
     return BF16 && p + B > 7 ? 0 : p;
 }
 
+// The base of a code of so many bits in octet `pair` of a unit, as `unpack` leaves it.
+template <bool BF16> __device__ __forceinline__ float code_base(int bits, int pair) {
+    auto base = [&](int p) { return float(1 << (Half<BF16>::MANTISSA - p)); };
+    if (bits == 1) return base(place<1, BF16>(pair));
+    if (bits == 2) return base(place<2, BF16>(pair));
+    return base(bits == 3 ? place<3, BF16>(pair) : place<4, BF16>(pair));
+}
+
 __device__ __forceinline__ u32 select_or(u32 word, u32 mask, u32 with) {
     u32 x;
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(x) : "r"(word), "r"(mask), "r"(with));

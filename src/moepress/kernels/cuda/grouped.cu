@@ -181,15 +181,16 @@ __device__ __forceinline__ void dequantize_any(u32 (&a)[16], u32 (&words)[U * MA
 #undef DEQUANTIZE
 }
 
-template <int U, int G, int NT, int MI, int WGS, int KW, int FB> struct Config {
+template <int U, int G, int NT, int MI, int WGS, int KW, int FB, bool AFTER> struct Config {
     static constexpr int ROW_BLOCKS = 4 * MI * WGS;           // of a tile
     static constexpr int CONSUMERS = WGS * KW * 128;
-    static constexpr bool MANY_REGISTERS = MI * NT >= 128;   // more than an even share; a whole warpgroup then gives some up
+    static constexpr bool MANY_REGISTERS = MI * NT >= 128 || AFTER;   // more than an even share; a whole warpgroup then gives some up
     static constexpr int THREADS = CONSUMERS + (MANY_REGISTERS ? 128 : WARP);
     static constexpr int STEP = 4 / U;                        // records of a warpgroup in a stage: 256 columns
     static constexpr int X_BYTES = KW * 4 * NT * 128;         // of a stage
     // Up to 8 tokens codes are multiplied as bytes and their sums scaled; with more it is cheaper to scale the weights.
     static constexpr bool BYTES = NT == 8 && MI == 1;
+    static constexpr bool SUMS = BYTES || AFTER;              // of x, in the stages
     static constexpr int H_UNITS = ROW_BLOCKS / 8;            // units of the intermediate that a tile of GATE_UP has
     static constexpr int SEGMENTS = U * Record<U, G>::SEGMENTS;
     static constexpr int SUM_BYTES = 4 * SUM_FLOATS * (SEGMENTS > 2 ? SEGMENTS : 2);  // of one token and record
@@ -200,7 +201,7 @@ template <int U, int G, int NT, int MI, int WGS, int KW, int FB> struct Config {
         return (X_BYTES + KW * STEP * ROW_BLOCKS * (own > v ? own : v) + 127) / 128 * 128;
     }
     static __device__ __host__ constexpr int stage_bytes(int max_b) {
-        return (sums_at(max_b) + (BYTES ? KW * STEP * NT * SUM_BYTES : 0) + 1023) / 1024 * 1024;
+        return (sums_at(max_b) + (SUMS ? KW * STEP * NT * SUM_BYTES : 0) + 1023) / 1024 * 1024;
     }
 };
 
@@ -293,6 +294,77 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], A& added, u3
     }
     wgmma_wait<0>();
     if (held >= 0 && lane == 0) mbarrier_arrive(bars + 16 * held + 8);
+}
+
+// acc += scale (part - zero sum - base): the sums of a group's codes, which had a base.
+template <int N> __device__ __forceinline__ void scale_sums(float (&acc)[N / 2], const float (&part)[N / 2], const u32 (&meta)[2],
+                                                            u32 sums, u32 stride) {
+#pragma unroll
+    for (int i = 0; i < N / 8; ++i)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            float sum, base;
+            asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(sum), "=f"(base) : "r"(sums + (8 * i + e) * stride));
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int at = 4 * i + 2 * r + e;
+                acc[at] = fmaf(Half<false>::lo(meta[r]), part[at] - fmaf(Half<false>::hi(meta[r]), sum, base), acc[at]);
+            }
+        }
+}
+
+// The same with codes that have their base, whose sums are scaled group by group: for few tokens less work than scaling weights.
+template <typename C, int B, int U, int G, bool BF16, int NT, int N, int WGS, int FB, typename A>
+__device__ __forceinline__ void accumulate_codes(float (&acc)[1][N / 2], A& added, u32 stages_at, u32 stage_bytes, u32 sums_at,
+                                                 u32 bars, int stages, int& stage, u32& phase, int records, int wg, int lane,
+                                                 int warp) {
+    constexpr int STEP = C::STEP, M = Record<U, G>::GROUPS;
+    constexpr u32 SIZE = Record<U, G>::bytes(B);
+    const int rounds = (records + STEP - 1) / STEP, more = FB > 0 ? added.units() : 0;
+    for (int round = 0; round < rounds; ++round) {
+        mbarrier_wait(bars + 16 * stage, phase);
+        const u32 at = stages_at + stage * stage_bytes, tile = swizzled_tile(at);
+        u32 a[2][16], meta[2][2], words[U * B];
+        float part[2][N / 2];
+        auto scale = [&](int unit) {
+            const u32 sums = at + sums_at + (unit / U * NT + lane % 4 * 2) * C::SUM_BYTES + unit % U * 8;
+            scale_sums<N>(acc[0], part[unit % 2], meta[unit % 2], sums, C::SUM_BYTES);
+        };
+#pragma unroll
+        for (int unit = 0; unit < 4; ++unit) {
+            const int s = unit / U, u = unit % U;
+            if (s > 0 && round * STEP + s >= records) break;
+            const u32 record = at + C::X_BYTES + ((wg * STEP + s) * 4 + warp) * SIZE;
+#pragma unroll
+            for (int c = 0; c < B; ++c)
+                if (c * U >= u * B && c * U < (u + 1) * B)
+                    load_shared<U>(reinterpret_cast<u32(&)[U]>(words[c * U]), record + c * 128 * U + lane * 4 * U);
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+                load_shared<1>(reinterpret_cast<u32(&)[1]>(meta[unit % 2][r]),
+                               record + 128 * U * B + 4 * (M * (lane / 4 + 8 * r) + (M == 1 ? 0 : u * M / U)));
+            unpack<B, BF16>(words + u * B, a[unit % 2]);
+            wgmma_fence();
+            Wgmma<N, BF16>::template run<false>(part[unit % 2], a[unit % 2], tile + unit * NT * 8);
+            wgmma_commit();
+            if (u > 0) wgmma_wait<1>(), scale(unit - 1);
+            if (u == U - 1) wgmma_wait<0>(), scale(unit);
+        }
+        if (lane == 0) mbarrier_arrive(bars + 16 * stage + 8);
+        if (++stage == stages) stage = 0, phase ^= 1;
+    }
+    for (int unit = 0; unit < more; ++unit) {
+        mbarrier_wait(bars + 16 * stage, phase);
+        u32 a[16];
+        if (unit > 0) added.load(unit, lane);
+        added.operands(a, 0);
+        wgmma_fence();
+        Wgmma<N, BF16>::run(acc[0], a, swizzled_tile(stages_at + stage * stage_bytes));
+        wgmma_commit();
+        wgmma_wait<0>();
+        if (lane == 0) mbarrier_arrive(bars + 16 * stage + 8);
+        if (++stage == stages) stage = 0, phase ^= 1;
+    }
 }
 
 // The same for up to 8 tokens, in bytes and with the warp's own products. Columns of the first product are high bytes of
@@ -579,12 +651,12 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
             mbarrier_wait(full + 8, phase);
             if (lane == 0) {
                 if (record == first) works[stage] = work;
-                mbarrier_expect(full, groups * bytes + x_bytes + (C::BYTES ? RECORDS * NT * C::SUM_BYTES : 0));
+                mbarrier_expect(full, groups * bytes + x_bytes + (C::SUMS ? RECORDS * NT * C::SUM_BYTES : 0));
                 tensor_copy(to, narrow ? &other_map : &x_map, 0, work.token, record * U, full);
                 for (int i = 0; i < groups; ++i)
                     bulk_copy(to + C::X_BYTES + i * RECORDS * 4 * size, from + (u64)(i * p.records + record) * 4 * size, bytes, full,
                               policy);
-                if constexpr (C::BYTES) tensor_copy(to + C::sums_at(MAX_B), &other_map, 0, work.token, record, full);
+                if constexpr (C::SUMS) tensor_copy(to + C::sums_at(MAX_B), &other_map, 0, work.token, record, full);
             }
             if (++stage == p.stages) stage = 0, phase ^= 1;
         }
@@ -672,11 +744,12 @@ __device__ __forceinline__ void store_sum(const Arguments& p, const Work& work, 
 }
 
 // FB is the bits of compensators' factors, 0 for none, and FU the units of u's records.
-template <int B, int MAX_B, int U, int G, bool BF16, int NT, int MODE, int MI, int WGS, int KW, int BLOCKS, int FB, int FU>
-__global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BLOCKS)
+template <int B, int MAX_B, int U, int G, bool BF16, int NT, int MODE, int MI, int WGS, int KW, int BLOCKS, bool AFTER,
+          int FB, int FU>
+__global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THREADS, BLOCKS)
     grouped(const Arguments p, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap other_map,
             const __grid_constant__ TensorMap t_map) {
-    using C = Config<U, G, NT, MI, WGS, KW, FB>;
+    using C = Config<U, G, NT, MI, WGS, KW, FB, AFTER>;
     constexpr u32 STAGE = C::stage_bytes(MAX_B);
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ __align__(8) u64 bar[2 * 16];
@@ -708,11 +781,11 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
     schedule.token_tiles = MODE == DENSE ? (p.tokens + NT - 1) / NT : tiles[p.num_experts];
 
     if (thread >= C::CONSUMERS) {  // producer
-        if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(AFTER ? 32 : 40));
         if (thread >= C::CONSUMERS + WARP) return;
         produce<C, B, MAX_B, U, G, NT, MODE, MI, WGS, KW, FB>(p, schedule, x_map, other_map, t_map, works, ring, bars, lane);
     } else {  // consumers
-        if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(!AFTER ? 232 : BLOCKS == 1 ? 112 : 104));
         // through a shuffle, so that the compiler knows it to be the same for the whole warp, and with it the addresses of
         // tiles: they then live in uniform registers and cost the other pipes nothing
         const int group = __shfl_sync(~0u, thread / 128, 0), wg = group % WGS, kw = group / WGS, warp = thread / WARP % 4;
@@ -757,7 +830,10 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
                 if constexpr (!C::BYTES) {
                     Added<FB ? FB : 1, FU ? FU : 1, BF16, MI> added(p.add, work.u, row_block);
                     if (FB > 0 && work.u && kw == 0) added.load(0, lane);
-                    accumulate<C, B, MAX_B, U, G, BF16, NT, N, MI, WGS, KW, FB>(acc, added, WHERE, bits, work.centre);
+                    if constexpr (AFTER)
+                        accumulate_codes<C, B, U, G, BF16, NT, N, WGS, FB>(acc, added, ring, STAGE, C::sums_at(MAX_B), bars, p.stages,
+                                                                           stage, phase, records, wg, lane, warp);
+                    else accumulate<C, B, MAX_B, U, G, BF16, NT, N, MI, WGS, KW, FB>(acc, added, WHERE, bits, work.centre);
                 } else {
                     if constexpr (B) BYTES(B, U, G);
                     else if (bits == 1) BYTES(1, U, G);
@@ -792,7 +868,11 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB>::THREADS, BL
                                               acc[mi], lane);
                 }
             };
-            if (NARROW<NT, MI, B> < NT && work.tokens <= NARROW<NT, MI, B>) run(Size<NARROW<NT, MI, B>>{});
+            if constexpr (AFTER) {
+                if (work.tokens <= 16) run(Size<16>{});
+                else if (work.tokens <= 24) run(Size<24>{});
+                else run(Size<32>{});
+            } else if (NARROW<NT, MI, B> < NT && work.tokens <= NARROW<NT, MI, B>) run(Size<NARROW<NT, MI, B>>{});
             else run(Size<NT>{});
 #undef BYTES
 #undef WHERE

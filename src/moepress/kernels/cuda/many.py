@@ -31,7 +31,7 @@ def many_linear(
     rows, done = Rows(x, None, None), None
     if tile.takes_bytes:
         done = torch.empty(1, dtype=torch.int32, device=x.device) if factors else None
-        rows = prepare(x, bank, len(x), plain=False, in_bytes=True, zeros=done)
+        rows = prepare(x, bank, len(x), in_bytes=True, zeros=done)
     added = compensate(rows, tile, factors, done=done)
     operands = rows, y, bank, y.shape[1], len(x)
     if tile.takes_bytes:
@@ -55,24 +55,27 @@ def run_many(
     """The sorted path, for any number of tokens."""
     tokens, pairs, each = len(x), ids.numel(), ids.numel() / len(gate_up.where)
     (up_tile, up_stages), (tile, stages) = (
-        find_tile(x, bank, half, choose.expert_tiles(bank.shape, each), factors and factors.ranks)
+        find_tile(x, bank, half, choose.expert_tiles(bank.shape, each, bf16=x.dtype == torch.bfloat16), factors and factors.ranks)
         for half, bank, factors in zip(HALVES, (gate_up, down), (gate_up_factors, down_factors), strict=True)
     )
     counters = torch.empty(2, dtype=torch.int32, device=x.device) if gate_up_factors or down_factors else None
     bytes_up = up_tile.takes_bytes
-    rows, route = sort_rows(x, ids, weights, gate_up, plain=not bytes_up, in_bytes=bytes_up, zeros=counters)
-    made = choose.passes_bytes(up_tile, gate_up.shape, tile, down.shape)
-    h = Rows.empty(x, pairs, down, plain=not made, in_bytes=made)
+    made = {"plain": not bytes_up, "in_bytes": bytes_up, "sums": up_tile.scales_sums}
+    rows, route = sort_rows(x, ids, weights, gate_up, **made, zeros=counters)
+    passed = choose.passes_bytes(up_tile, gate_up.shape, tile, down.shape)
+    h = Rows.empty(x, pairs, down, plain=not passed, in_bytes=passed)
     if h.plain is not None and h.plain.shape[1] != intermediate:
         h.plain.zero_()  # padding meets real scales and zeros in the short last group
     added = compensate(rows, up_tile, gate_up_factors, route, counters)
-    then = Next(h, down) if made else None
+    then = Next(h, down) if passed else None
     columns = down.layouts[0].padded_columns
     operands = rows, h.plain, gate_up, intermediate, tokens
     grouped("GATE_UP", up_tile, up_stages, *operands, ld=columns, route=route, added=added, then=then)
 
-    if tile.takes_bytes and not made:
-        h = prepare(h.plain, down, pairs, plain=False, in_bytes=True, count=route.count)
+    if tile.takes_bytes and not passed:
+        h = prepare(h.plain, down, pairs, in_bytes=True, count=route.count)
+    if tile.scales_sums:
+        h = h._replace(sums=prepare(h.plain, down, pairs, sums=True, count=route.count).sums)
     added = compensate(h, tile, down_factors, route, None if counters is None else counters[1:])
     parts = x.new_empty(pairs, x.shape[1])
     operands = h, parts, down, x.shape[1], tokens
@@ -128,7 +131,7 @@ def instances(
         yield "route.cu", rows_instance(kernel, bank, dtype)
     for half, bank, both in zip(HALVES, (gate_up, down), factors, strict=True):
         for tokens in choose.EXAMPLES:
-            yield from _compensated(half, bank, both, dtype, choose.expert_tiles(bank, tokens)[0])
+            yield from _compensated(half, bank, both, dtype, choose.expert_tiles(bank, tokens, bf16=dtype == torch.bfloat16)[0])
 
 
 def dense_instances(

@@ -59,9 +59,10 @@ template <bool BF16> __global__ void __launch_bounds__(256) combine(const Combin
 struct RowsOut {
     u16* rows;    // [rows, 64 * units], zeros past the end; null: not needed
     u32* bytes;   // [rows][units][UNIT_WORDS] or null
-    float* sums;  // with bytes, of their segments: [records][count][sum_floats]
+    float* sums;  // [records][count][sum_floats], of segments: with bytes scale and sum, else sum and that of x times bases
     int* zeros;   // [zero_count] that are set to 0: counters of the products that follow
     int count, units, record_units, sum_floats, zero_count;
+    int bits;  // of the codes that are multiplied next
 
     __device__ __forceinline__ void clear() const {
         for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < zero_count; i += gridDim.x * blockDim.x) zeros[i] = 0;
@@ -72,7 +73,7 @@ struct RowsOut {
 struct Piece {
     u32 octet[4];
     uint4 bytes;  // words 4 pair to 4 pair + 3 of the unit: whole pieces of 16 bytes
-    float scale, sum;
+    float scale, sum;  // as in `sums`
 
     // All lanes, of which each has the octet o with o % 8 == lane % 8; `corner` is the warp's own.
     template <int G, bool BF16> __device__ __forceinline__ void make_bytes(u32 (&corner)[4 * WARP], int lane) {
@@ -86,13 +87,22 @@ struct Piece {
         scale = made.scale, sum = made.sum;
         __syncwarp();
     }
+    // The same of sums of 64 columns, in 16 bits.
+    template <bool BF16> __device__ __forceinline__ void make_sums(int bits, int lane) {
+        float total = 0.f;
+#pragma unroll
+        for (int t = 0; t < 4; ++t) total += Half<BF16>::lo(octet[t]) + Half<BF16>::hi(octet[t]);
+        scale = total, sum = total * code_base<BF16>(bits, lane % 8);
+#pragma unroll
+        for (int mask = 1; mask < 8; mask *= 2)
+            scale += __shfl_xor_sync(~0u, scale, mask), sum += __shfl_xor_sync(~0u, sum, mask);
+    }
     // As octet `o` of row `row`.
     template <int G> __device__ __forceinline__ void store(const RowsOut& out, int row, int o) const {
         const u64 unit = (u64)row * out.units + o / 8;
         if (out.rows) *reinterpret_cast<uint4*>(out.rows + unit * 64 + o % 8 * 8) = make_uint4(octet[0], octet[1], octet[2], octet[3]);
-        if (!out.bytes) return;
-        reinterpret_cast<uint4*>(out.bytes)[unit * (UNIT_WORDS / 4) + o % 8] = bytes;
-        if (!Bytes::has_sums<G>(o % 8)) return;
+        if (out.bytes) reinterpret_cast<uint4*>(out.bytes)[unit * (UNIT_WORDS / 4) + o % 8] = bytes;
+        if (!out.sums || !Bytes::has_sums<G>(o % 8)) return;
         const int record = o / 8 / out.record_units, segment = (o - record * out.record_units * 8) / (G == 32 ? 4 : 8);
         *reinterpret_cast<float2*>(out.sums + ((u64)record * out.count + row) * out.sum_floats + segment * SUM_FLOATS) =
             make_float2(scale, sum);
@@ -120,6 +130,7 @@ template <int G, bool BF16> __global__ void __launch_bounds__(ROWS_THREADS) prep
         Piece piece = {};
         if (at < all) load_octet<BF16>(piece.octet, p.x + (u64)row * p.k, 8 * o, p.k);
         if (p.out.bytes) piece.make_bytes<G, BF16>(corners[threadIdx.x / WARP], threadIdx.x % WARP);
+        else if (p.out.sums) piece.make_sums<BF16>(p.out.bits, threadIdx.x % WARP);
         if (at < all) piece.store<G>(p.out, row, o);
     }
 }
@@ -234,6 +245,7 @@ template <int G, bool BF16> __global__ void __launch_bounds__(PLACE_THREADS) pla
         const int at = from + threadIdx.x;
         if (from > 0) read_octet(at);
         if (p.out.bytes) piece.make_bytes<G, BF16>(corners[warp], lane);
+        else if (p.out.sums) piece.make_sums<BF16>(p.out.bits, lane);
         if (at >= all) continue;
         const int* places = placing.places + at / width * p.slots;
         for (int slot = 0; slot < p.slots; ++slot)

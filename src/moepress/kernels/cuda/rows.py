@@ -18,7 +18,7 @@ from moepress.kernels.cuda.functions import address, find_function, is_bf16, pro
 PLACE_PAIRS = 1024
 """Most pairs of a block of `place_rows`, as in route.cu."""
 _WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_RowsOut = structure("_RowsOut", "rows bytes sums zeros", "", "count units record_units sum_floats zero_count")
+_RowsOut = structure("_RowsOut", "rows bytes sums zeros", "", "count units record_units sum_floats zero_count bits")
 _Combine = structure("_Combine", "parts y ids", "", "ids_wide slots num_experts n tokens")
 
 
@@ -46,25 +46,28 @@ class Rows(NamedTuple):
     bytes: torch.Tensor | None
     """As many bytes in another order (bytes.cuh), in a tensor of the same shape and dtype."""
     sums: torch.Tensor | None
-    """With bytes: scales and sums of their segments, float32 [records, P, floats]."""
+    """Float32 [records, P, floats]: with bytes, scales and sums of their segments. Without, for products whose sums are
+    scaled, the sums of segments of x and of x times the bases of codes."""
 
     @classmethod
-    def empty(cls, x: torch.Tensor, rows: int, bank: RecordBank, *, plain: bool, in_bytes: bool) -> Rows:
+    def empty(
+        cls, x: torch.Tensor, rows: int, bank: RecordBank, *, plain: bool = False, in_bytes: bool = False, sums: bool = False
+    ) -> Rows:
         """For products with `bank`'s matrices; `x` gives dtype and device."""
         layout, shape = bank.shape.any, (rows, bank.shape.any.padded_columns)
         size = layout.records_per_row_block, rows, bank.shape.record_sums
         return cls(
             x.new_empty(shape) if plain else None,
             x.new_empty(shape) if in_bytes else None,
-            torch.empty(size, dtype=torch.float32, device=x.device) if in_bytes else None,
+            torch.empty(size, dtype=torch.float32, device=x.device) if in_bytes or sums else None,
         )
 
     def argument(self, bank: RecordBank, zeros: torch.Tensor | None = None) -> _RowsOut:
         """`zeros`, int32, are set to 0 by the kernel that makes the rows."""
         layout = bank.shape.any
-        count = next(len(each) for each in self if each is not None) if self.bytes is None else len(self.bytes)
+        count = self.sums.shape[1] if self.sums is not None else len(self.plain if self.bytes is None else self.bytes)
         units = layout.records_per_row_block * layout.units
-        sizes = count, units, layout.units, bank.shape.record_sums, 0 if zeros is None else zeros.numel()
+        sizes = count, units, layout.units, bank.shape.record_sums, 0 if zeros is None else zeros.numel(), layout.word_bits
         return _RowsOut(*map(address, (*self, zeros)), *sizes)
 
 
@@ -90,11 +93,12 @@ def sort_rows(
     weights: torch.Tensor,
     bank: RecordBank,
     *,
-    plain: bool,
-    in_bytes: bool,
+    plain: bool = False,
+    in_bytes: bool = False,
+    sums: bool = False,
     zeros: torch.Tensor | None = None,
 ) -> tuple[Rows, Route]:
-    """x's rows in the order of their experts, padded to whole records, in 16 bits and as bytes as asked.
+    """x's rows in the order of their experts, padded to whole records, in 16 bits, as bytes and with sums as asked.
 
     `zeros`, int32, are set to 0 on the way.
     """
@@ -102,7 +106,7 @@ def sort_rows(
     pairs, types = tokens * slots, (int(ids.dtype == torch.int64), _WEIGHT_TYPES[weights.dtype])
     first, order = (torch.empty(n, dtype=torch.int32, device=x.device) for n in (experts + 1, pairs))
     route = Route(first, order, torch.empty(pairs, dtype=torch.float32, device=x.device), slots)
-    rows = Rows.empty(x, pairs, bank, plain=plain, in_bytes=in_bytes)
+    rows = Rows.empty(x, pairs, bank, plain=plain, in_bytes=in_bytes, sums=sums)
     threads, chunks, shares = place_blocks(tokens, slots, bank.shape.any.padded_columns, processors_of(device))
     place = _Place(
         x.data_ptr(), ids.data_ptr(), weights.data_ptr(), *(each.data_ptr() for each in route[:3]),
@@ -132,13 +136,14 @@ def prepare(
     bank: RecordBank,
     rows: int,
     *,
-    plain: bool,
-    in_bytes: bool,
+    plain: bool = False,
+    in_bytes: bool = False,
+    sums: bool = False,
     count: torch.Tensor | None = None,
     zeros: torch.Tensor | None = None,
 ) -> Rows:
     """x's rows as asked, the first `count` of them. `zeros`, int32, are set to 0."""
-    made = Rows.empty(x, rows, bank, plain=plain, in_bytes=in_bytes)
+    made = Rows.empty(x, rows, bank, plain=plain, in_bytes=in_bytes, sums=sums)
     arguments = _Prepare(x.data_ptr(), made.argument(bank, zeros), address(count), rows, x.shape[1])
     blocks = min(8 * processors_of(x.device.index), -(-rows * bank.shape.any.padded_columns // (8 * 256)))
     find_function("route.cu", rows_instance("prepare_rows", bank.shape, x.dtype), x.device.index).launch(

@@ -20,22 +20,26 @@ __device__ __forceinline__ u64 descriptor(u32 lower) { return u64(1024 >> 4 | 1 
 template <int N, bool BF16> struct Wgmma;
 
 // One statement for the four products of a unit: with one for each, 72 operands in and out, NVRTC took a third longer.
-#define STEP(N, TYPE, OUT, A, B) \
-    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " OUT ", " A ", " B ", p, 1, 1, 0;"
+#define STEP(N, TYPE, OUT, A, B, ADD) \
+    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " OUT ", " A ", " B ", " ADD ", 1, 1, 0;"
 #define WGMMA(N, IS_BF16, TYPE, OUT, A0, A1, A2, A3, B0, B1, B2, B3, ...)                                               \
     template <> struct Wgmma<N, IS_BF16> {                                                                             \
-        /* d += a's 64 columns times a tile's rows, from a `swizzled_tile` on. */                                      \
+        /* d (+)= a's 64 columns times a tile's rows, from a `swizzled_tile` on; without ADD d is only written. */     \
+        template <bool ADD = true>                                                                                     \
         static __device__ __forceinline__ void run(float (&d)[N / 2], const u32 (&a)[16], u32 tile) {                  \
-            asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0;"                                                         \
-                         STEP(N, TYPE, OUT, A0, B0) STEP(N, TYPE, OUT, A1, B1)                                         \
-                         STEP(N, TYPE, OUT, A2, B2) STEP(N, TYPE, OUT, A3, B3) "}"                                     \
+            if constexpr (ADD) RUN("eq", N, TYPE, OUT, A0, A1, A2, A3, B0, B1, B2, B3, __VA_ARGS__);                   \
+            else RUN("ne", N, TYPE, OUT, A0, A1, A2, A3, B0, B1, B2, B3, __VA_ARGS__);                                 \
+        }                                                                                                              \
+    };
+#define RUN(ADD, N, TYPE, OUT, A0, A1, A2, A3, B0, B1, B2, B3, ...)                                                     \
+            asm volatile("{.reg .pred p, q; setp.eq.u32 p, 0, 0; setp." ADD ".u32 q, 0, 0;"                            \
+                         STEP(N, TYPE, OUT, A0, B0, "q") STEP(N, TYPE, OUT, A1, B1, "p")                               \
+                         STEP(N, TYPE, OUT, A2, B2, "p") STEP(N, TYPE, OUT, A3, B3, "p") "}"                           \
                          : __VA_ARGS__                                                                                 \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(a[4]), "r"(a[5]), "r"(a[6]), "r"(a[7]),     \
                            "r"(a[8]), "r"(a[9]), "r"(a[10]), "r"(a[11]), "r"(a[12]), "r"(a[13]), "r"(a[14]),           \
                            "r"(a[15]), "l"(descriptor(tile)), "l"(descriptor(tile + 2)), "l"(descriptor(tile + 4)),    \
-                           "l"(descriptor(tile + 6)));                                                                 \
-        }                                                                                                              \
-    };
+                           "l"(descriptor(tile + 6)))
 #define BOTH(N, ...)                       \
     WGMMA(N, true, "bf16", __VA_ARGS__)    \
     WGMMA(N, false, "f16", __VA_ARGS__)
@@ -51,6 +55,10 @@ BOTH(16,
      "{%0, %1, %2, %3, %4, %5, %6, %7}",
      "{%8, %9, %10, %11}", "{%12, %13, %14, %15}", "{%16, %17, %18, %19}", "{%20, %21, %22, %23}",
      "%24", "%25", "%26", "%27", D4(0), D4(4))
+BOTH(24,
+     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11}",
+     "{%12, %13, %14, %15}", "{%16, %17, %18, %19}", "{%20, %21, %22, %23}", "{%24, %25, %26, %27}",
+     "%28", "%29", "%30", "%31", D4(0), D4(4), D4(8))
 BOTH(32,
      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}",
      "{%16, %17, %18, %19}", "{%20, %21, %22, %23}", "{%24, %25, %26, %27}", "{%28, %29, %30, %31}",
@@ -93,6 +101,7 @@ BOTH(152,
      "%92", "%93", "%94", "%95", D64(0), D4(64), D4(68), D4(72))
 #undef STEP
 #undef WGMMA
+#undef RUN
 #undef BOTH
 #undef D4
 #undef D16
