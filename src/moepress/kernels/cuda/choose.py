@@ -26,7 +26,7 @@ MAX_TOKENS, MAX_PAIRS = 8, 64
 """Most tokens of a launch of `gemv`, and most pairs of token and expert where tokens are several."""
 MAX_SEGMENTS = 16
 """Segments of 64 results that a block of `gemv` makes bytes of, at most."""
-EXAMPLES = 2, 16, 64, 160, 257
+EXAMPLES = 2, 16, 24, 64, 160, 257
 """Numbers of tokens, on average of an expert, that ask for every best tile there is."""
 MOST_TOKENS = 1 << 15
 """Tokens for which a dense layer's tiles are known beforehand."""
@@ -250,6 +250,11 @@ class Tile:
         return min(8, (available - RESERVED) // self.stage_bytes(bank, ranks))
 
 
+def passes_sums(up_tile: Tile, tile: Tile) -> bool:
+    """Whether gate and up make the sums of their results that down takes: a tile of theirs has whole units of these."""
+    return tile.scales_sums and up_tile.scales_sums and up_tile.row_blocks % 8 == 0
+
+
 def passes_bytes(up_tile: Tile, gate_up: Bank, tile: Tile, down: Bank) -> bool:
     """Whether gate and up make the bytes that down takes: only in segments of their own groups' size."""
     return tile.takes_bytes and up_tile.makes_bytes and gate_up.segments == down.segments
@@ -265,11 +270,12 @@ def expert_tiles(bank: Bank, tokens_each: float, *, bf16: bool = True) -> Sequen
     if tokens_each <= 6:
         best = Tile(8, 1, 2, 2) if long else Tile(8, 1, 2, 1, blocks=2)
     elif tokens_each <= 28:
-        scales_sums = bf16 and bank.uniform_bits in (1, 2, 3, 4) and bank.segments == 1
-        best = Tile(32, 1, 4, 1, 1, scales_sums) if long else Tile(32, 1, 2, 1, 2, scales_sums)
+        scales_sums = tokens_each <= 17 and long and bf16 and bank.uniform_bits in (1, 2, 3, 4) and bank.segments == 1
+        best = Tile(32, 1, 4, 1) if long else Tile(32, 1, 2, 1, blocks=2)
+        best = Tile(24, 1, 4, 1, scales_sums=True) if scales_sums else best
     else:
         best = Tile(_wide(bank, tokens_each), 2, 2, 1)
-    return best, Tile(best.tokens if best.tokens <= 32 else 64, 1, 2, 1), Tile(8, 1, 1, 1)
+    return best, Tile(8 if best.tokens == 8 else 32 if best.tokens <= 32 else 64, 1, 2, 1), Tile(8, 1, 1, 1)
 
 
 def _wide(bank: Bank, tokens_each: float) -> int:

@@ -84,6 +84,11 @@ template <> struct Half<false> {
     static constexpr u32 ONE = 0x3c003c00u;
 };
 
+// The lower of two numbers twice, and the upper.
+__device__ __forceinline__ void split(u32& lower, u32& upper, u32 both) {
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; mov.b32 %0, {l, l}; mov.b32 %1, {h, h};}" : "=r"(lower), "=r"(upper) : "r"(both));
+}
+
 template <bool BF16> __device__ u16 round16(float x) { return u16(Half<BF16>::pack(x, 0.f) & 0xffffu); }
 template <bool BF16> __device__ float widen(u16 x) { return Half<BF16>::lo(u32(x)); }
 

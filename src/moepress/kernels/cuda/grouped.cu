@@ -15,14 +15,15 @@
 #include "factor.cuh"
 #include "wgmma.cuh"
 
-// y as bytes, as `prepare_rows` makes them, for a product after this one that multiplies bytes.
-struct NextBytes {
+// What a product after this one takes of y besides y, as `prepare_rows` makes it: bytes, or the sums that go with 16 bits.
+struct Next {
     u32* bytes;    // [pairs][units][UNIT_WORDS]; null: not needed
-    float* sums;   // [records][pairs][floats]
+    float* sums;   // [records][pairs][floats]; null: not needed
     int units;     // of a row
     int record_units;
     int segments;  // of a unit
     int floats;    // of a record and token
+    int bits;      // of the codes that are multiplied next
 };
 
 struct Compensators {
@@ -44,7 +45,7 @@ struct Arguments {
     const int* pairs;       // [pairs] token * slots + slot, sorted by expert; DENSE null
     const float* weights;   // DOWN [pairs], sorted as they are
     Compensators add;       // before SiLU and weights
-    NextBytes next;         // GATE_UP
+    Next next;              // GATE_UP
     int tokens, slots, num_experts;
     int n, ld;              // columns of y and elements from row to row; GATE_UP: the intermediate size, half of W's rows
     int records;            // of a row block
@@ -148,10 +149,11 @@ __device__ __forceinline__ void dequantize(u32 (&a)[16], u32 (&words)[U * B], u3
             u32 meta[1];
             load_shared<1>(meta, record + 128 * U * B + 4 * (M * (lane / 4 + 8 * r) + m));
             const float scale = Half<false>::lo(meta[0]), zero = Half<false>::hi(meta[0]);
-            const u32 offset2 = H::pack((float(centre) - zero) * scale, (float(centre) - zero) * scale);
+            const float offset = (float(centre) - zero) * scale;
             // A bit has two values only; a scale that makes up for the offset's rounding takes one error off the second.
-            const float step = B == 1 ? fmaf(1.f - zero, scale, -H::lo(offset2)) : scale;
-            const u32 scale2 = H::pack(step, step);
+            const float step = B == 1 ? fmaf(1.f - zero, scale, -H::lo(H::pack(offset, 0.f))) : scale;
+            u32 scale2, offset2;  // halves of one register, which an operand selects: one register less for each FMA to read
+            split(scale2, offset2, H::pack(step, offset));
 #pragma unroll
             for (int pair = 8 * s / SEGMENTS; pair < 8 * (s + 1) / SEGMENTS; ++pair) {
                 u32& x = a[2 * pair + r];
@@ -225,6 +227,11 @@ template <int FB, int FU, bool BF16, int MI> struct Added {
 #pragma unroll
         for (int mi = 0; mi < MI; ++mi) load_u<FB, FU>(unit[mi], f, u, i, row_block + 4 * mi, lane);
     }
+    // The first unit into L1, where registers have no room for it.
+    __device__ __forceinline__ void prefetch(int lane) {
+        const u8* record = locate(u, row_block, 0, f.u_records, Record<FU, UNIT>::bytes(FB));
+        if (128 * lane < Record<FU, UNIT>::bytes(FB)) asm volatile("prefetch.global.L1 [%0];" ::"l"(record + 128 * lane));
+    }
     __device__ __forceinline__ void operands(u32 (&a)[16], int mi) const {
         using H = Half<BF16>;
         u32 scales[2];
@@ -251,7 +258,8 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], A& added, u3
         const int record = round * KW * STEP;
         mbarrier_wait(bars + 16 * stage, phase);
         if (record + kw * STEP < records) {
-            const u32 at = stages_at + stage * stage_bytes, w = at + C::X_BYTES, tile = swizzled_tile(at + kw * 4 * N * 128);
+            const u32 at = stages_at + stage * stage_bytes, w = at + C::X_BYTES;
+            const u64 tile = swizzled_tile(at + kw * 4 * N * 128);
             u32 words[MI][U * MAX_B];
 #pragma unroll
             for (int unit = 0; unit < 4; ++unit) {
@@ -274,7 +282,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], A& added, u3
             }
         } else if (FB > 0 && round >= rounds && kw == 0) {
             if (MI == 1) wgmma_wait<0>();  // of W's last unit, or t's, which may be in the first operand
-            const u32 tile = swizzled_tile(stages_at + stage * stage_bytes);
+            const u64 tile = swizzled_tile(stages_at + stage * stage_bytes);
             if (round > rounds) added.load(round - rounds, lane);
 #pragma unroll
             for (int mi = 0; mi < MI; ++mi) {
@@ -323,7 +331,8 @@ __device__ __forceinline__ void accumulate_codes(float (&acc)[1][N / 2], A& adde
     const int rounds = (records + STEP - 1) / STEP, more = FB > 0 ? added.units() : 0;
     for (int round = 0; round < rounds; ++round) {
         mbarrier_wait(bars + 16 * stage, phase);
-        const u32 at = stages_at + stage * stage_bytes, tile = swizzled_tile(at);
+        const u32 at = stages_at + stage * stage_bytes;
+        const u64 tile = swizzled_tile(at);
         u32 a[2][16], meta[2][2], words[U * B];
         float part[2][N / 2];
         auto scale = [&](int unit) {
@@ -356,7 +365,7 @@ __device__ __forceinline__ void accumulate_codes(float (&acc)[1][N / 2], A& adde
     for (int unit = 0; unit < more; ++unit) {
         mbarrier_wait(bars + 16 * stage, phase);
         u32 a[16];
-        if (unit > 0) added.load(unit, lane);
+        added.load(unit, lane);
         added.operands(a, 0);
         wgmma_fence();
         Wgmma<N, BF16>::run(acc[0], a, swizzled_tile(stages_at + stage * stage_bytes));
@@ -515,10 +524,10 @@ __device__ __forceinline__ void store_t(const Compensators& f, const Work& work,
 
 // One warp's 16 rows of a tile. Lanes hold pairs of tokens and rows 8 apart; through a corner of shared memory, a row's
 // eight neighbours come together and leave as 16 bytes. (Two bytes at a time took half of the time of short K.) Where a
-// next product wants bytes, `octets` gets each token's eight, at a stride of eight of them.
+// next product wants bytes, `octets` gets each token's eight, at a stride of eight of them; where it wants sums, `sums` theirs.
 template <bool BF16, int NT, int MODE>
 __device__ __forceinline__ void store_rows(const Arguments& p, const Work& work, const Columns* columns, u32 corner, uint4* octets,
-                                           int row_block, float (&acc)[NT / 2], int lane) {
+                                           float* sums, int row_block, float (&acc)[NT / 2], int lane) {
     using H = Half<BF16>;
     constexpr int CHUNK = NT < 32 ? NT : NT % 32 == 0 ? 32 : NT % 16 == 0 ? 16 : 8, HALVES = MODE == GATE_UP ? 1 : 2;  // 16-byte pieces of a token
     const int n = row_block * 8 * HALVES;
@@ -555,6 +564,12 @@ __device__ __forceinline__ void store_rows(const Arguments& p, const Work& work,
             load_shared<4>(x, corner + 16 * i);
             const bool inside = column < work.tokens && at < p.n;
             if (MODE == GATE_UP && octets) octets[8 * column] = inside ? make_uint4(x[0], x[1], x[2], x[3]) : make_uint4(0, 0, 0, 0);
+            if (MODE == GATE_UP && sums) {
+                float sum = 0.f;
+#pragma unroll
+                for (int j = 0; j < 4; ++j) sum += H::lo(x[j]) + H::hi(x[j]);
+                sums[column] = inside ? sum : 0.f;
+            }
             if (!inside || (MODE == GATE_UP && !p.y)) continue;
             u16* to = p.y + (u64)(MODE == DOWN ? columns[column].row : work.token + column) * p.ld + at;
             if (MODE == PLAIN) to += work.split * p.n;
@@ -574,7 +589,7 @@ __device__ __forceinline__ void store_rows(const Arguments& p, const Work& work,
 // Bytes of the tile's results from their octets, [unit][token][octet]. Whole warps; a thread has an octet.
 template <int G, bool BF16, int NT, int UNITS>
 __device__ __forceinline__ void store_bytes(const Arguments& p, const Work& work, const uint4* octets, int thread) {
-    const NextBytes& next = p.next;
+    const Next& next = p.next;
     const int pair = thread % 8, token = thread / 8 % NT, unit = work.row_block / 8 + thread / 8 / NT;
     const u32 octet[4] = {octets[thread].x, octets[thread].y, octets[thread].z, octets[thread].w};
     Bytes bytes;
@@ -588,6 +603,23 @@ __device__ __forceinline__ void store_bytes(const Arguments& p, const Work& work
     const int segment = (unit - record * next.record_units) * next.segments + pair / (G == 32 ? 4 : 8);
     float* sums = next.sums + ((u64)record * p.tokens * p.slots + row) * next.floats + segment * SUM_FLOATS;
     sums[0] = bytes.scale, sums[1] = bytes.sum;
+}
+
+// Sums of the tile's results over units, and of them times bases, from those of octets, [unit][octet][token]. Whole warps, with
+// no branch: after one the compiler took the stage for different from lane to lane.
+template <bool BF16, int NT, int UNITS>
+__device__ __forceinline__ void store_sums(const Arguments& p, const Work& work, const float* octets, int thread) {
+    const Next& next = p.next;
+    const int token = thread % NT, unit = work.row_block / 8 + thread / NT, record = unit / next.record_units;
+    float sum = 0.f, base = 0.f;
+#pragma unroll
+    for (int octet = 0; octet < 8; ++octet) {
+        const float one = octets[(min(thread / NT, UNITS - 1) * 8 + octet) * NT + token];
+        sum += one, base += one * code_base<BF16>(next.bits, octet);
+    }
+    float* to = next.sums + ((u64)record * p.tokens * p.slots + work.token + token) * next.floats;
+    if (thread < UNITS * NT && 8 * unit < p.row_blocks && token < work.tokens)
+        *reinterpret_cast<float2*>(to + (unit - record * next.record_units) * 2) = make_float2(sum, base);
 }
 
 // Token tiles and pairs before each expert, by one warp, which asks for all of them at once.
@@ -737,7 +769,7 @@ __device__ __forceinline__ void store_sum(const Arguments& p, const Work& work, 
 #pragma unroll
                 for (int i = 0; i < 4; ++i) y[i] += parts[mi][split][i];
             const int row_block = work.row_block + (wg * MI + mi) * 4 + thread / WARP % 4;
-            store_rows<BF16, 8, DENSE>(p, of, nullptr, corner, nullptr, row_block, y, lane);
+            store_rows<BF16, 8, DENSE>(p, of, nullptr, corner, nullptr, nullptr, row_block, y, lane);
         }
     }
     await_cluster<true>();  // others have read what is here
@@ -757,9 +789,11 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
     __shared__ int tiles[MODE == DENSE ? 1 : MAX_EXPERTS + 1], firsts[MODE == DENSE ? 1 : MAX_EXPERTS + 1];
     __shared__ __align__(16) u8 corners[WGS * 4][(NT < 32 ? NT : 32) * 32];
     constexpr bool BYTES_NEXT = MODE == GATE_UP && C::BYTES && C::H_UNITS > 0;
+    constexpr bool SUMS_NEXT = MODE == GATE_UP && AFTER && C::H_UNITS > 0;
     constexpr bool SPLIT = MODE == PLAIN || (MODE == DENSE && !C::BYTES);
     __shared__ Columns all_columns[2][MODE == DOWN ? NT : 1];            // of this tile and the next
     __shared__ __align__(16) uint4 all_octets[2][BYTES_NEXT ? C::ROW_BLOCKS * NT : 1];  // likewise; [unit][token][row block]
+    __shared__ float all_sums[2][SUMS_NEXT ? C::ROW_BLOCKS * NT : 1];                     // likewise; [row block][token]
     __shared__ float sums[KW > 1 ? (KW - 1) * MI * WGS * 64 * NT : 1];
     const int thread = threadIdx.x, lane = thread % WARP;
     const u32 ring = (shared_address(shared) + 1023) / 1024 * 1024, bars = shared_address(bar);
@@ -785,7 +819,7 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
         if (thread >= C::CONSUMERS + WARP) return;
         produce<C, B, MAX_B, U, G, NT, MODE, MI, WGS, KW, FB>(p, schedule, x_map, other_map, t_map, works, ring, bars, lane);
     } else {  // consumers
-        if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(!AFTER ? 232 : BLOCKS == 1 ? 112 : 104));
+        if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(AFTER ? 112 : 232));
         // through a shuffle, so that the compiler knows it to be the same for the whole warp, and with it the addresses of
         // tiles: they then live in uniform registers and cost the other pipes nothing
         const int group = __shfl_sync(~0u, thread / 128, 0), wg = group % WGS, kw = group / WGS, warp = thread / WARP % 4;
@@ -819,6 +853,7 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
             if constexpr (C::MULTIPLIES_V)
                 if (kw == 0) compensator.begin(p.add, work, row_block, t_is_there, lane);
             uint4* octets = BYTES_NEXT && p.next.bytes ? all_octets[turn] : nullptr;
+            float* octet_sums = SUMS_NEXT && p.next.sums ? all_sums[turn] : nullptr;
             // sums live and end inside: shared by both sizes they made the compiler wait for every product
             auto run = [&](auto size) {
                 constexpr int N = decltype(size)::VALUE;
@@ -829,7 +864,10 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
                     for (int i = 0; i < N / 2; ++i) acc[mi][i] = 0.f;
                 if constexpr (!C::BYTES) {
                     Added<FB ? FB : 1, FU ? FU : 1, BF16, MI> added(p.add, work.u, row_block);
-                    if (FB > 0 && work.u && kw == 0) added.load(0, lane);
+                    if (FB > 0 && work.u && kw == 0) {
+                        if constexpr (AFTER) added.prefetch(lane);
+                        else added.load(0, lane);
+                    }
                     if constexpr (AFTER)
                         accumulate_codes<C, B, U, G, BF16, NT, N, WGS, FB>(acc, added, ring, STAGE, C::sums_at(MAX_B), bars, p.stages,
                                                                            stage, phase, records, wg, lane, warp);
@@ -864,14 +902,14 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
                 for (int mi = 0; mi < MI; ++mi) {
                     const int block = (wg * MI + mi) * 4 + warp;
                     store_rows<BF16, N, MODE>(p, work, columns, shared_address(corners[thread / WARP]),
-                                              octets ? octets + block / 8 * 8 * NT + block % 8 : nullptr, work.row_block + block,
-                                              acc[mi], lane);
+                                              octets ? octets + block / 8 * 8 * NT + block % 8 : nullptr,
+                                              octet_sums ? octet_sums + block * NT : nullptr, work.row_block + block, acc[mi], lane);
                 }
             };
             if constexpr (AFTER) {
-                if (work.tokens <= 16) run(Size<16>{});
-                else if (work.tokens <= 24) run(Size<24>{});
-                else run(Size<32>{});
+                if (work.tokens <= 8) run(Size<8>{});
+                else if (work.tokens <= 16) run(Size<16>{});
+                else run(Size<NT>{});
             } else if (NARROW<NT, MI, B> < NT && work.tokens <= NARROW<NT, MI, B>) run(Size<NARROW<NT, MI, B>>{});
             else run(Size<NT>{});
 #undef BYTES
@@ -880,6 +918,11 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
                 if (kw == 0 && octets) {
                     named_barrier(2, WGS * 128);
                     if (thread < 8 * C::H_UNITS * NT) store_bytes<G, BF16, NT, C::H_UNITS>(p, work, octets, thread);
+                }
+            if constexpr (SUMS_NEXT)
+                if (octet_sums) {
+                    named_barrier(2, WGS * 128);
+                    if (128 * group < C::H_UNITS * NT) store_sums<BF16, NT, C::H_UNITS>(p, work, octet_sums, thread);
                 }
         }
     }

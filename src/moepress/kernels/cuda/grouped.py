@@ -19,7 +19,7 @@ from moepress.kernels.cuda.functions import address, find_kernel, is_bf16, proce
 from moepress.kernels.cuda.rows import Route, Rows
 from moepress.kernels.cuda.tensor_map import map_rows, map_sums
 
-_Next = structure("_Next", "bytes sums", "", "units record_units segments floats")
+_Next = structure("_Next", "bytes sums", "", "units record_units segments floats bits")
 _Sizes = structure(
     "_Sizes", "", "", "tokens slots num_experts n ld records row_blocks stages splits split_records first_tile tiles"
 )
@@ -51,7 +51,7 @@ class Added(NamedTuple):
 
 
 class Next(NamedTuple):
-    """Where a product's results go as bytes, and the matrices that multiply these next."""
+    """Where what the next product takes of the results goes, as bytes or the sums of 16 bits, and that product's matrices."""
 
     rows: Rows
     bank: RecordBank
@@ -119,7 +119,7 @@ def _next(then: Next | None) -> ctypes.Structure:
     if then is None:
         return _Next()
     (_, in_bytes, sums), shape, layout = then.rows, then.bank.shape, then.bank.shape.any
-    sizes = layout.padded_columns // 64, layout.units, shape.segments, shape.record_sums
+    sizes = layout.padded_columns // 64, layout.units, shape.segments, shape.record_sums, layout.word_bits
     return _Next(address(in_bytes), address(sums), *sizes)
 
 

@@ -62,19 +62,20 @@ def run_many(
     bytes_up = up_tile.takes_bytes
     made = {"plain": not bytes_up, "in_bytes": bytes_up, "sums": up_tile.scales_sums}
     rows, route = sort_rows(x, ids, weights, gate_up, **made, zeros=counters)
-    passed = choose.passes_bytes(up_tile, gate_up.shape, tile, down.shape)
-    h = Rows.empty(x, pairs, down, plain=not passed, in_bytes=passed)
+    in_bytes = choose.passes_bytes(up_tile, gate_up.shape, tile, down.shape)
+    sums = choose.passes_sums(up_tile, tile)
+    h = Rows.empty(x, pairs, down, plain=not in_bytes, in_bytes=in_bytes, sums=sums)
     if h.plain is not None and h.plain.shape[1] != intermediate:
         h.plain.zero_()  # padding meets real scales and zeros in the short last group
     added = compensate(rows, up_tile, gate_up_factors, route, counters)
-    then = Next(h, down) if passed else None
+    then = Next(h, down) if in_bytes or sums else None
     columns = down.layouts[0].padded_columns
     operands = rows, h.plain, gate_up, intermediate, tokens
     grouped("GATE_UP", up_tile, up_stages, *operands, ld=columns, route=route, added=added, then=then)
 
-    if tile.takes_bytes and not passed:
+    if tile.takes_bytes and not in_bytes:
         h = prepare(h.plain, down, pairs, in_bytes=True, count=route.count)
-    if tile.scales_sums:
+    if tile.scales_sums and not sums:
         h = h._replace(sums=prepare(h.plain, down, pairs, sums=True, count=route.count).sums)
     added = compensate(h, tile, down_factors, route, None if counters is None else counters[1:])
     parts = x.new_empty(pairs, x.shape[1])

@@ -11,10 +11,14 @@ template <int N> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// A tile of rows of 64 numbers (128 bytes), chunk c of row r at 16 * (c ^ r % 8); 1024-byte aligned. What begins further on
-// is that plus sixteenths of bytes: few operations, and those for the uniform pipe.
-__device__ __forceinline__ u32 swizzled_tile(u32 address) { return (address & 0x3ffff) >> 4 | 1 << 16; }
-__device__ __forceinline__ u64 descriptor(u32 lower) { return u64(1024 >> 4 | 1 << 30) << 32 | lower; }
+// The descriptor of a tile of rows of 64 numbers (128 bytes), chunk c of row r at 16 * (c ^ r % 8); 1024-byte aligned. What begins
+// further on is that plus sixteenths of bytes. Its halves are put together where the compiler does not see it: then it adds to
+// both at once, one operation of the uniform pipe, where it had made each descriptor from its halves again, in three.
+__device__ __forceinline__ u64 swizzled_tile(u32 address) {
+    u64 tile;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(tile) : "r"((address & 0x3ffff) >> 4 | 1 << 16), "r"(1024 >> 4 | 1 << 30));
+    return tile;
+}
 
 // D layout: d[4 i + 2 r + e] is row (16 warp + lane / 4 + 8 r), column 8 i + 2 (lane % 4) + e.
 template <int N, bool BF16> struct Wgmma;
@@ -26,7 +30,7 @@ template <int N, bool BF16> struct Wgmma;
     template <> struct Wgmma<N, IS_BF16> {                                                                             \
         /* d (+)= a's 64 columns times a tile's rows, from a `swizzled_tile` on; without ADD d is only written. */     \
         template <bool ADD = true>                                                                                     \
-        static __device__ __forceinline__ void run(float (&d)[N / 2], const u32 (&a)[16], u32 tile) {                  \
+        static __device__ __forceinline__ void run(float (&d)[N / 2], const u32 (&a)[16], u64 tile) {                  \
             if constexpr (ADD) RUN("eq", N, TYPE, OUT, A0, A1, A2, A3, B0, B1, B2, B3, __VA_ARGS__);                   \
             else RUN("ne", N, TYPE, OUT, A0, A1, A2, A3, B0, B1, B2, B3, __VA_ARGS__);                                 \
         }                                                                                                              \
@@ -38,8 +42,7 @@ template <int N, bool BF16> struct Wgmma;
                          : __VA_ARGS__                                                                                 \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(a[4]), "r"(a[5]), "r"(a[6]), "r"(a[7]),     \
                            "r"(a[8]), "r"(a[9]), "r"(a[10]), "r"(a[11]), "r"(a[12]), "r"(a[13]), "r"(a[14]),           \
-                           "r"(a[15]), "l"(descriptor(tile)), "l"(descriptor(tile + 2)), "l"(descriptor(tile + 4)),    \
-                           "l"(descriptor(tile + 6)))
+                           "r"(a[15]), "l"(tile), "l"(tile + 2), "l"(tile + 4), "l"(tile + 6))
 #define BOTH(N, ...)                       \
     WGMMA(N, true, "bf16", __VA_ARGS__)    \
     WGMMA(N, false, "f16", __VA_ARGS__)
