@@ -212,11 +212,6 @@ class Tile:
         return self.tokens == 8 and self.row_tiles == 1
 
     @property
-    def takes_sums(self) -> bool:
-        """Whether x comes with sums of each segment."""
-        return self.takes_bytes or self.scales_sums
-
-    @property
     def makes_bytes(self) -> bool:
         """Whether a tile of gate and up can make bytes of its results: it has whole units of 64 of them."""
         return self.takes_bytes and self.row_blocks % 8 == 0
@@ -236,7 +231,9 @@ class Tile:
         columns, records = self.column_groups, self.column_groups * bank.step
         record = max(bank.record_bytes, ranks.v_record_bytes if ranks and self.takes_bytes else 0)
         used = columns * 4 * 128 * self.tokens + records * self.row_blocks * record
-        if self.takes_sums:
+        if self.scales_sums:
+            used = _up(used, 128) + 8 * 4 * self.tokens
+        if self.takes_bytes:
             used = _up(used, 128) + 4 * records * self.tokens * bank.record_sums
         return _up(used, 1024)
 

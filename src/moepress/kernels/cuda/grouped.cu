@@ -18,7 +18,7 @@
 // What a product after this one takes of y besides y, as `prepare_rows` makes it: bytes, or the sums that go with 16 bits.
 struct Next {
     u32* bytes;    // [pairs][units][UNIT_WORDS]; null: not needed
-    float* sums;   // [records][pairs][floats]; null: not needed
+    float* sums;   // with bytes [records][pairs][floats], else [units / 2][pairs][2][2]; null: not needed
     int units;     // of a row
     int record_units;
     int segments;  // of a unit
@@ -60,7 +60,7 @@ constexpr int MAX_EXPERTS = 512, MAX_SPLITS = 4;
 
 // Tensor maps of the activations, DENSE of the tokens, else of the sorted pairs: x as [units][rows][64] in boxes of
 // [KW * 4, NT or NARROW, 64] with 128-byte swizzle, and for tiles of 8 tokens the same of x's bytes, and their sums as
-// [records][rows][..] in boxes of [KW * 4 / U, NT, ..]. t, for wider tiles, as x in boxes of [1, NT, 64].
+// [records][rows][..] in boxes of [KW * 4 / U, NT, ..]; where sums are scaled, [units / 2][rows][4] in [2, NT, 4]. t, for wider tiles, as x in boxes of [1, NT, 64].
 struct alignas(64) TensorMap {
     u8 opaque[128];
 };
@@ -192,18 +192,18 @@ template <int U, int G, int NT, int MI, int WGS, int KW, int FB, bool AFTER> str
     static constexpr int X_BYTES = KW * 4 * NT * 128;         // of a stage
     // Up to 8 tokens codes are multiplied as bytes and their sums scaled; with more it is cheaper to scale the weights.
     static constexpr bool BYTES = NT == 8 && MI == 1;
-    static constexpr bool SUMS = BYTES || AFTER;              // of x, in the stages
     static constexpr int H_UNITS = ROW_BLOCKS / 8;            // units of the intermediate that a tile of GATE_UP has
     static constexpr int SEGMENTS = U * Record<U, G>::SEGMENTS;
     static constexpr int SUM_BYTES = 4 * SUM_FLOATS * (SEGMENTS > 2 ? SEGMENTS : 2);  // of one token and record
+    static constexpr int STAGE_SUMS = BYTES ? KW * STEP * NT * SUM_BYTES : AFTER ? 4 * NT * 8 : 0;  // bytes
     static constexpr bool MULTIPLIES_V = BYTES && FB > 0;
-    // A stage: x [KW * 4][NT][64], records [MI * WGS][KW * STEP][4], sums [KW * STEP][NT][..].
+    // A stage: x [KW * 4][NT][64], records [MI * WGS][KW * STEP][4], sums: BYTES [KW * STEP][NT][..], AFTER [2][NT][2][2].
     static __device__ __host__ constexpr int sums_at(int max_b) {
         const int own = Record<U, G>::bytes(max_b), v = MULTIPLIES_V ? Record<U, UNIT>::bytes(FB) : 0;
         return (X_BYTES + KW * STEP * ROW_BLOCKS * (own > v ? own : v) + 127) / 128 * 128;
     }
     static __device__ __host__ constexpr int stage_bytes(int max_b) {
-        return (sums_at(max_b) + (SUMS ? KW * STEP * NT * SUM_BYTES : 0) + 1023) / 1024 * 1024;
+        return (sums_at(max_b) + STAGE_SUMS + 1023) / 1024 * 1024;
     }
 };
 
@@ -304,25 +304,27 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], A& added, u3
     if (held >= 0 && lane == 0) mbarrier_arrive(bars + 16 * held + 8);
 }
 
-// acc += scale (part - zero sum - base): the sums of a group's codes, which had a base.
-template <int N> __device__ __forceinline__ void scale_sums(float (&acc)[N / 2], const float (&part)[N / 2], const u32 (&meta)[2],
-                                                            u32 sums, u32 stride) {
+// acc += scale (part - zero sum - base): the sums of a group's codes, which had a base. `sums` are those of x,
+// of a lane's tokens, in steps of 16 bytes.
+template <int N>
+__device__ __forceinline__ void scale_sums(float (&acc)[N / 2], const float (&part)[N / 2], const u32 (&meta)[2], u32 sums) {
 #pragma unroll
     for (int i = 0; i < N / 8; ++i)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             float sum, base;
-            asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(sum), "=f"(base) : "r"(sums + (8 * i + e) * stride));
+            asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(sum), "=f"(base) : "r"(sums + (8 * i + e) * 16));
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const int at = 4 * i + 2 * r + e;
-                acc[at] = fmaf(Half<false>::lo(meta[r]), part[at] - fmaf(Half<false>::hi(meta[r]), sum, base), acc[at]);
+                const float own = part[at] - fmaf(Half<false>::hi(meta[r]), sum, base);
+                acc[at] = fmaf(Half<false>::lo(meta[r]), own, acc[at]);
             }
         }
 }
 
 // The same with codes that have their base, whose sums are scaled group by group: for few tokens less work than scaling weights.
-template <typename C, int B, int U, int G, bool BF16, int NT, int N, int WGS, int FB, typename A>
+template <typename C, int B, int U, int G, bool BF16, int NT, int N, int FB, typename A>
 __device__ __forceinline__ void accumulate_codes(float (&acc)[1][N / 2], A& added, u32 stages_at, u32 stage_bytes, u32 sums_at,
                                                  u32 bars, int stages, int& stage, u32& phase, int records, int wg, int lane,
                                                  int warp) {
@@ -336,8 +338,7 @@ __device__ __forceinline__ void accumulate_codes(float (&acc)[1][N / 2], A& adde
         u32 a[2][16], meta[2][2], words[U * B];
         float part[2][N / 2];
         auto scale = [&](int unit) {
-            const u32 sums = at + sums_at + (unit / U * NT + lane % 4 * 2) * C::SUM_BYTES + unit % U * 8;
-            scale_sums<N>(acc[0], part[unit % 2], meta[unit % 2], sums, C::SUM_BYTES);
+            scale_sums<N>(acc[0], part[unit % 2], meta[unit % 2], at + sums_at + (unit / 2 * NT + lane % 4 * 2) * 16 + unit % 2 * 8);
         };
 #pragma unroll
         for (int unit = 0; unit < 4; ++unit) {
@@ -610,16 +611,15 @@ __device__ __forceinline__ void store_bytes(const Arguments& p, const Work& work
 template <bool BF16, int NT, int UNITS>
 __device__ __forceinline__ void store_sums(const Arguments& p, const Work& work, const float* octets, int thread) {
     const Next& next = p.next;
-    const int token = thread % NT, unit = work.row_block / 8 + thread / NT, record = unit / next.record_units;
+    const int token = thread % NT, unit = work.row_block / 8 + thread / NT, pairs = p.tokens * p.slots;
     float sum = 0.f, base = 0.f;
 #pragma unroll
     for (int octet = 0; octet < 8; ++octet) {
         const float one = octets[(min(thread / NT, UNITS - 1) * 8 + octet) * NT + token];
         sum += one, base += one * code_base<BF16>(next.bits, octet);
     }
-    float* to = next.sums + ((u64)record * p.tokens * p.slots + work.token + token) * next.floats;
     if (thread < UNITS * NT && 8 * unit < p.row_blocks && token < work.tokens)
-        *reinterpret_cast<float2*>(to + (unit - record * next.record_units) * 2) = make_float2(sum, base);
+        reinterpret_cast<float2*>(next.sums)[((u64)(unit / 2) * pairs + work.token + token) * 2 + unit % 2] = make_float2(sum, base);
 }
 
 // Token tiles and pairs before each expert, by one warp, which asks for all of them at once.
@@ -653,7 +653,7 @@ template <int NT, int MODE> __device__ __forceinline__ void count_tiles(const Ar
 }
 
 // Keeps the ring full with the stages of this block's tiles. One warp, of which lane 0 asks for copies.
-template <typename C, int B, int MAX_B, int U, int G, int NT, int MODE, int MI, int WGS, int KW, int FB, typename S>
+template <typename C, int B, int MAX_B, int U, int G, int NT, int MODE, int MI, int WGS, int KW, int FB, bool AFTER, typename S>
 __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, const TensorMap& x_map, const TensorMap& other_map,
                                         const TensorMap& t_map, Work* works, u32 ring, u32 bars, int lane) {
     constexpr u32 STAGE = C::stage_bytes(MAX_B);
@@ -683,12 +683,13 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
             mbarrier_wait(full + 8, phase);
             if (lane == 0) {
                 if (record == first) works[stage] = work;
-                mbarrier_expect(full, groups * bytes + x_bytes + (C::SUMS ? RECORDS * NT * C::SUM_BYTES : 0));
+                mbarrier_expect(full, groups * bytes + x_bytes + C::STAGE_SUMS);
                 tensor_copy(to, narrow ? &other_map : &x_map, 0, work.token, record * U, full);
                 for (int i = 0; i < groups; ++i)
                     bulk_copy(to + C::X_BYTES + i * RECORDS * 4 * size, from + (u64)(i * p.records + record) * 4 * size, bytes, full,
                               policy);
-                if constexpr (C::SUMS) tensor_copy(to + C::sums_at(MAX_B), &other_map, 0, work.token, record, full);
+                if constexpr (C::BYTES) tensor_copy(to + C::sums_at(MAX_B), &other_map, 0, work.token, record, full);
+                if constexpr (AFTER) tensor_copy(to + C::sums_at(MAX_B), &other_map, 0, work.token, record * U / 2, full);
             }
             if (++stage == p.stages) stage = 0, phase ^= 1;
         }
@@ -815,11 +816,11 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
     schedule.token_tiles = MODE == DENSE ? (p.tokens + NT - 1) / NT : tiles[p.num_experts];
 
     if (thread >= C::CONSUMERS) {  // producer
-        if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(AFTER ? 32 : 40));
+        if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(AFTER ? 56 : 40));
         if (thread >= C::CONSUMERS + WARP) return;
-        produce<C, B, MAX_B, U, G, NT, MODE, MI, WGS, KW, FB>(p, schedule, x_map, other_map, t_map, works, ring, bars, lane);
+        produce<C, B, MAX_B, U, G, NT, MODE, MI, WGS, KW, FB, AFTER>(p, schedule, x_map, other_map, t_map, works, ring, bars, lane);
     } else {  // consumers
-        if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(AFTER ? 112 : 232));
+        if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(AFTER ? 104 : 232));
         // through a shuffle, so that the compiler knows it to be the same for the whole warp, and with it the addresses of
         // tiles: they then live in uniform registers and cost the other pipes nothing
         const int group = __shfl_sync(~0u, thread / 128, 0), wg = group % WGS, kw = group / WGS, warp = thread / WARP % 4;
@@ -869,7 +870,7 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
                         else added.load(0, lane);
                     }
                     if constexpr (AFTER)
-                        accumulate_codes<C, B, U, G, BF16, NT, N, WGS, FB>(acc, added, ring, STAGE, C::sums_at(MAX_B), bars, p.stages,
+                        accumulate_codes<C, B, U, G, BF16, NT, N, FB>(acc, added, ring, STAGE, C::sums_at(MAX_B), bars, p.stages,
                                                                            stage, phase, records, wg, lane, warp);
                     else accumulate<C, B, MAX_B, U, G, BF16, NT, N, MI, WGS, KW, FB>(acc, added, WHERE, bits, work.centre);
                 } else {

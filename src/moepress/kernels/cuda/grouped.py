@@ -94,8 +94,10 @@ def grouped(
         ),
     )  # fmt: skip
     x_map, other_map = (map_rows(x, each, 4 * tile.column_groups) for each in (tile.tokens, tile.narrow))
-    if tile.takes_sums:
+    if tile.scales_sums:
         assert rows.sums is not None, f"{mode} takes sums of x, which nobody has made"
+        other_map = map_sums(rows.sums, tile.tokens, 2)
+    if tile.takes_bytes:
         other_map = map_sums(rows.sums, tile.tokens, tile.column_groups * shape.step)
     t_map = map_rows(added.t, tile.tokens, 1) if added and not tile.takes_bytes else x_map  # x_map: nobody reads it
     shared = stages * tile.stage_bytes(shape, ranks) + choose.RESERVED

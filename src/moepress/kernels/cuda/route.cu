@@ -59,7 +59,8 @@ template <bool BF16> __global__ void __launch_bounds__(256) combine(const Combin
 struct RowsOut {
     u16* rows;    // [rows, 64 * units], zeros past the end; null: not needed
     u32* bytes;   // [rows][units][UNIT_WORDS] or null
-    float* sums;  // [records][count][sum_floats], of segments: with bytes scale and sum, else sum and that of x times bases
+    float* sums;  // of segments: with bytes scale and sum, [records][count][sum_floats]; else sum and that of x times bases,
+                  // [units / 2][count][2][2]
     int* zeros;   // [zero_count] that are set to 0: counters of the products that follow
     int count, units, record_units, sum_floats, zero_count;
     int bits;  // of the codes that are multiplied next
@@ -103,6 +104,10 @@ struct Piece {
         if (out.rows) *reinterpret_cast<uint4*>(out.rows + unit * 64 + o % 8 * 8) = make_uint4(octet[0], octet[1], octet[2], octet[3]);
         if (out.bytes) reinterpret_cast<uint4*>(out.bytes)[unit * (UNIT_WORDS / 4) + o % 8] = bytes;
         if (!out.sums || !Bytes::has_sums<G>(o % 8)) return;
+        if (!out.bytes) {
+            reinterpret_cast<float2*>(out.sums)[((u64)(o / 16) * out.count + row) * 2 + o / 8 % 2] = make_float2(scale, sum);
+            return;
+        }
         const int record = o / 8 / out.record_units, segment = (o - record * out.record_units * 8) / (G == 32 ? 4 : 8);
         *reinterpret_cast<float2*>(out.sums + ((u64)record * out.count + row) * out.sum_floats + segment * SUM_FLOATS) =
             make_float2(scale, sum);

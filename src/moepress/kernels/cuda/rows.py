@@ -46,8 +46,8 @@ class Rows(NamedTuple):
     bytes: torch.Tensor | None
     """As many bytes in another order (bytes.cuh), in a tensor of the same shape and dtype."""
     sums: torch.Tensor | None
-    """Float32 [records, P, floats]: with bytes, scales and sums of their segments. Without, for products whose sums are
-    scaled, the sums of segments of x and of x times the bases of codes."""
+    """Float32. With bytes, scales and sums of their segments [records, P, floats]; without, for products whose sums are scaled,
+    the sums of units of x and of x times the bases of codes, two units side by side, [units / 2, P, 4]."""
 
     @classmethod
     def empty(
@@ -55,11 +55,11 @@ class Rows(NamedTuple):
     ) -> Rows:
         """For products with `bank`'s matrices; `x` gives dtype and device."""
         layout, shape = bank.shape.any, (rows, bank.shape.any.padded_columns)
-        size = layout.records_per_row_block, rows, bank.shape.record_sums
+        size = (layout.records_per_row_block, bank.shape.record_sums) if in_bytes else (-(-bank.shape.units // 2), 4)
         return cls(
             x.new_empty(shape) if plain else None,
             x.new_empty(shape) if in_bytes else None,
-            torch.empty(size, dtype=torch.float32, device=x.device) if in_bytes or sums else None,
+            torch.empty(size[0], rows, size[1], dtype=torch.float32, device=x.device) if in_bytes or sums else None,
         )
 
     def argument(self, bank: RecordBank, zeros: torch.Tensor | None = None) -> _RowsOut:
