@@ -120,7 +120,12 @@ def test_known_layers() -> None:
     small = choose.Bank((RecordLayout(2048, 768, 3, 64),))
     gate_up, down = (choose.Bank((RecordLayout(*shape, 3, 64),)) for shape in ((28672, 4096), (4096, 14336)))
     assert choose.expert_tiles(gate_up, 2.0)[0] == choose.expert_tiles(down, 2.0)[0] == choose.Tile(8, 1, 2, 2)
-    assert choose.expert_tiles(gate_up, 16.0)[0] == choose.Tile(32, 1, 4, 1)
+    codes, scaled = choose.Tile(24, 1, 4, 1, scales_sums=True), choose.Tile(32, 1, 4, 1)
+    assert [choose.expert_tiles(gate_up, each)[0] for each in (6.5, 16.0, 20.0)] == [codes, codes, scaled]
+    assert choose.expert_tiles(gate_up, 16.0, bf16=False)[0] == scaled, "float16 has no room for sums with bases"
+    other = (RecordLayout(28672, 4096, 3, 32),), (RecordLayout(28672, 4096, 8, 64),)
+    assert {choose.expert_tiles(choose.Bank(each), 16.0)[0] for each in other} == {scaled}, "two scales a unit; no base"
+    assert choose.passes_sums(codes, codes) and not choose.passes_sums(scaled, codes)
     assert choose.expert_tiles(gate_up, 64.0)[0] == choose.Tile(80, 2, 2, 1)
     assert choose.expert_tiles(gate_up, 200.0)[0] == choose.Tile(128, 2, 2, 1)
     assert {choose.expert_tiles(gate_up, each)[0] for each in (256.0, 1024.0)} == {choose.Tile(144, 2, 2, 1)}
@@ -158,7 +163,8 @@ def test_known_layers() -> None:
         for tokens, tile in (*tiles.items(), (640, tiles[1024]))
     ]
     assert counts == [[(128, 1)], [(64, 2)], [(64, 2)], [(256, 1)], [(132, 1), (28, 4)]]
-    assert [choose.expert_tiles(mixed, each)[0].tokens for each in (40.0, 64.0, 140.0, 1000.0)] == [80, 80, 80, 128]
+    each = (16.0, 40.0, 64.0, 140.0, 1000.0)
+    assert [choose.expert_tiles(mixed, tokens)[0].tokens for tokens in each] == [32, 80, 80, 80, 128]
     short = choose.Bank((RecordLayout(2048, 1408, 3, 64),))
     assert (short.any.units, short.step) == (2, 2)
     assert all(tile.stage_bytes(short) == tile.stage_bytes(small) for tile in choose.expert_tiles(small, 100.0)[:2])
@@ -169,8 +175,9 @@ def test_known_layers() -> None:
 def test_examples_ask_for_every_tile(bank: choose.Bank, cores: int, random: Random) -> None:
     """Warming up compiles these: another would be compiled at somebody's token, or missing in a graph's capture."""
     counts = random.sample(range(2, choose.MOST_TOKENS), 100)
-    every = {choose.expert_tiles(bank, each / 4)[0] for each in (*range(1, 600), *counts)}
-    assert every <= {choose.expert_tiles(bank, each)[0] for each in choose.EXAMPLES}
+    for bf16 in (True, False):
+        every = {choose.expert_tiles(bank, each / 4, bf16=bf16)[0] for each in (*range(1, 600), *counts)}
+        assert every <= {choose.expert_tiles(bank, each, bf16=bf16)[0] for each in choose.EXAMPLES}
     some = {choose.dense_tiles(bank, count, cores)[0] for count in (*range(2, 300), *counts)}
     assert some <= choose.every_dense_tile(bank, cores)
 

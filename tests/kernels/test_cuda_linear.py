@@ -120,6 +120,23 @@ def layer(spec: WeightSpec = SPEC, n: int = 200, k: int = 384, bias: bool = True
     return made.bfloat16()
 
 
+@pytest.mark.parametrize("tokens", [9, 40, 130])
+def test_compensators_in_clusters(tokens: int) -> None:
+    """One block of each cluster adds u t; rows that end in the middle of a tile."""
+    from moepress.kernels.cuda import choose
+    from moepress.kernels.cuda.functions import processors_of
+
+    made = layer(RANKED, 1032, 4096, bias=False)
+    weight, processors = made.dequantize().double().cuda(), processors_of(0)
+    made.cuda()
+    x = inputs(tokens, 4096, dtype=torch.bfloat16)
+    with torch.no_grad():
+        check(made(x), x, weight)
+    bank = choose.Bank((RecordLayout(1032, 4096, 4, 64),))
+    tile = choose.dense_tiles(bank, tokens, processors)[0]
+    assert any(part.splits > 1 for part in choose.dense_parts(bank, tile, tokens, processors)), "these are to be tested"
+
+
 @pytest.mark.parametrize("spec", [SPEC, RANKED], ids=lambda spec: spec.tag)
 @pytest.mark.parametrize("lead", [(), (1,), (2, 3), (5, 1, 7), (0,), (130,)])
 def test_the_module(spec: WeightSpec, lead: tuple[int, ...]) -> None:

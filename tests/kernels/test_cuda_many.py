@@ -50,14 +50,18 @@ CASES = {
     "down alone mixed": Case(9, 2, 128, 136, down_bits=(1, 2, 3, 4), down_group_size=32),
     "all mixed, also bytes": Case(7, 2, 128, 200, bits=(1, 2, 3, 4, 5), down_bits=(8, 3, 1), dtype=torch.float16),
     "long rows": Case(4, 2, 1600, 1664, bits=(4,), down_bits=(2,)),
+    "long, a bit in down": Case(5, 2, 1536, 1600, down_bits=(1,), ranks=(32, None), factor_bits=3),
+    "long, larger groups": Case(4, 2, 1664, 1544, group_size=128),
+    "long in down alone": Case(4, 2, 256, 1544),
+    "long, mixed in gate and up": Case(4, 2, 1536, 1672, bits=(2, 3)),
     "many experts": Case(300, 8, 64, 64),
     "compensated": Case(6, 2, 256, 192, ranks=(32,)),
     "compensated, ranks that differ": Case(8, 2, 512, 320, ranks=(None, 64, 8, 16), factor_bits=3),
     "compensated, most without": Case(6, 2, 136, 40, ranks=(None, None, 16), factor_bits=8, dtype=torch.float16),
     "compensated, mixed, long": Case(4, 2, 1600, 1664, bits=(2, 3), down_bits=(3, 4), ranks=(128, None)),
 }
-TOKENS = (9, 33, 180, 700, 1100)
-"""Tiles of 8, 32, 80, 128 and 144 tokens in cases of few experts; small blocks that place rows, and large ones."""
+TOKENS = (9, 17, 33, 180, 700, 1100)
+"""Tiles of 8, 24 or 32, 80, 128 and 144 tokens in cases of few experts; blocks that place rows, small and large."""
 by_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
@@ -209,14 +213,15 @@ def test_against_float64(case: Case) -> None:
 
 
 @by_case
-@pytest.mark.parametrize("tokens", [9, 180])
+@pytest.mark.parametrize("tokens", [9, 33, 180])
 def test_short_cuts_change_no_bit(case: Case, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes of the intermediate made where it is."""
-    from moepress.kernels.cuda import choose
+    """Bytes and sums of the intermediate made where it is."""
+    from moepress.kernels.cuda import choose, many
 
     layer, given = make(case), inputs(case, tokens, nobody=0.1)
     y = run(case, layer, *given)
     monkeypatch.setattr(choose.Tile, "makes_bytes", False)
+    monkeypatch.setattr(many.choose, "passes_sums", lambda up_tile, tile: False)
     assert torch.equal(run(case, layer, *given), y)
 
 
@@ -251,6 +256,34 @@ def test_places_are_those_of_a_stable_sort(tokens: int, slots: int, experts: int
     torch.testing.assert_close(sums, found.unflatten(1, (-1, 32)).sum(-1), atol=0, rtol=0)
     largest = columns.abs().unflatten(1, (-1, 32)).amax(-1)
     assert (scales <= largest.clamp(min=2.0**-113) * 2.0**-13).all(), "15 bits"
+
+
+@pytest.mark.parametrize("columns", [72, 2056, 4104])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_sums_of_placed_rows(columns: int, bits: int) -> None:
+    """Of rows in one chunk and in several: what x sums up to, and what the bases of codes make of it."""
+    from moepress.kernels.cuda.rows import place_blocks, sort_rows
+
+    bank, _ = random_bank(64, columns, [bits] * 3, 64, [None] * 3, 0)
+    generator = torch.Generator().manual_seed(columns)
+    ids = torch.randint(-1, 4, (37, 2), generator=generator).cuda()
+    x = torch.randn(37, columns, generator=generator).to("cuda", torch.bfloat16)
+    rows, route = sort_rows(x, ids, torch.ones(37, 2, device="cuda"), bank, plain=True, sums=True)
+    assert place_blocks(37, 2, bank.shape.any.padded_columns, 132)[1] == -(-columns // 2048)
+    pairs = route.pairs[: int(route.count)].long()
+    assert rows.plain is not None and rows.sums is not None and rows.bytes is None and len(pairs) > 20
+    plain = rows.plain[: len(pairs)]
+    assert torch.equal(plain[:, :columns], x[pairs // 2]) and not plain[:, columns:].any()
+    octets = plain.double().unflatten(1, (-1, 8, 8)).sum(-1)  # pair, unit, octet
+    bases = torch.tensor(BASES[bits], dtype=torch.float64, device="cuda")
+    for which, wanted in enumerate((octets.sum(-1), (octets * bases).sum(-1))):
+        found = rows.sums[:, : len(pairs)].unflatten(2, (2, 2))[..., which].permute(1, 0, 2).flatten(1)
+        torch.testing.assert_close(found[:, : wanted.shape[1]].double(), wanted, atol=1e-6 * 128 * 64, rtol=1e-6)
+
+
+BASES = {1: (128, 128, 64, 64, 32, 32, 16, 16), 2: (128, 128, 32, 32, 8, 8, 128, 128)}
+"""Of an octet's codes in bfloat16, by `place` in common.cuh: 2^(7 - p)."""
+BASES |= {3: (128, 128, 16, 16, 128, 128, 8, 8), 4: (128,) * 8}
 
 
 def from_bytes(stored: torch.Tensor, sums: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -260,16 +260,18 @@ def passes_bytes(up_tile: Tile, gate_up: Bank, tile: Tile, down: Bank) -> bool:
 def expert_tiles(bank: Bank, tokens_each: float, *, bf16: bool = True) -> Sequence[Tile]:
     """Tiles for experts of `tokens_each` tokens on average, best first; the first that fits runs.
 
-    Sums are scaled where codes have a base that bfloat16 holds and one scale for each unit. In float16 the bases are eight
-    times as large, and take too many places of the sums.
+    Sums are scaled where codes have a base that bfloat16 holds, and one scale for each unit. In float16 bases are
+    eight times as large, and take too many places of the sums.
     """
     long = bank.any.padded_columns >= 24 * 64  # short ones have tiles that end together with others' beginnings
     if tokens_each <= 6:
         best = Tile(8, 1, 2, 2) if long else Tile(8, 1, 2, 1, blocks=2)
     elif tokens_each <= 28:
-        scales_sums = tokens_each <= 17 and long and bf16 and bank.uniform_bits in (1, 2, 3, 4) and bank.segments == 1
-        best = Tile(32, 1, 4, 1) if long else Tile(32, 1, 2, 1, blocks=2)
-        best = Tile(24, 1, 4, 1, scales_sums=True) if scales_sums else best
+        codes = bf16 and long and bank.uniform_bits in (1, 2, 3, 4) and bank.segments == 1
+        if codes and tokens_each <= 17:
+            best = Tile(24, 1, 4, 1, scales_sums=True)
+        else:
+            best = Tile(32, 1, 4, 1) if long else Tile(32, 1, 2, 1, blocks=2)
     else:
         best = Tile(_wide(bank, tokens_each), 2, 2, 1)
     return best, Tile(8 if best.tokens == 8 else 32 if best.tokens <= 32 else 64, 1, 2, 1), Tile(8, 1, 1, 1)

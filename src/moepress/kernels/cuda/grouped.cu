@@ -219,17 +219,20 @@ template <int FB, int FU, bool BF16, int MI> struct Added {
     FactorUnit<FB> unit[MI];
     const Compensators& f;
     const u8* u;  // null: none
-    int row_block;
+    int row_block, row_blocks;
 
-    __device__ __forceinline__ Added(const Compensators& f, const u8* u, int row_block) : f(f), u(u), row_block(row_block) {}
+    __device__ __forceinline__ Added(const Compensators& f, const u8* u, int row_block, int row_blocks)
+        : f(f), u(u), row_block(row_block), row_blocks(row_blocks) {}
+    // A last tile may have more row blocks than the matrix, in fours: these take the first ones' place.
+    __device__ __forceinline__ int inside(int block) const { return block < row_blocks ? block : block % 4; }
     __device__ __forceinline__ int units() const { return u ? (f.columns + UNIT - 1) / UNIT : 0; }
     __device__ __forceinline__ void load(int i, int lane) {
 #pragma unroll
-        for (int mi = 0; mi < MI; ++mi) load_u<FB, FU>(unit[mi], f, u, i, row_block + 4 * mi, lane);
+        for (int mi = 0; mi < MI; ++mi) load_u<FB, FU>(unit[mi], f, u, i, inside(row_block + 4 * mi), lane);
     }
     // The first unit into L1, where registers have no room for it.
     __device__ __forceinline__ void prefetch(int lane) {
-        const u8* record = locate(u, row_block, 0, f.u_records, Record<FU, UNIT>::bytes(FB));
+        const u8* record = locate(u, inside(row_block), 0, f.u_records, Record<FU, UNIT>::bytes(FB));
         if (128 * lane < Record<FU, UNIT>::bytes(FB)) asm volatile("prefetch.global.L1 [%0];" ::"l"(record + 128 * lane));
     }
     __device__ __forceinline__ void operands(u32 (&a)[16], int mi) const {
@@ -612,14 +615,18 @@ template <bool BF16, int NT, int UNITS>
 __device__ __forceinline__ void store_sums(const Arguments& p, const Work& work, const float* octets, int thread) {
     const Next& next = p.next;
     const int token = thread % NT, unit = work.row_block / 8 + thread / NT, pairs = p.tokens * p.slots;
-    float sum = 0.f, base = 0.f;
+    float sum[8], base[8];
 #pragma unroll
     for (int octet = 0; octet < 8; ++octet) {
-        const float one = octets[(min(thread / NT, UNITS - 1) * 8 + octet) * NT + token];
-        sum += one, base += one * code_base<BF16>(next.bits, octet);
+        sum[octet] = octets[(min(thread / NT, UNITS - 1) * 8 + octet) * NT + token];
+        base[octet] = sum[octet] * code_base<BF16>(next.bits, octet);
     }
+#pragma unroll
+    for (int step = 1; step < 8; step *= 2)  // in the order of `make_sums`
+#pragma unroll
+        for (int octet = 0; octet < 8; octet += 2 * step) sum[octet] += sum[octet + step], base[octet] += base[octet + step];
     if (thread < UNITS * NT && 8 * unit < p.row_blocks && token < work.tokens)
-        reinterpret_cast<float2*>(next.sums)[((u64)(unit / 2) * pairs + work.token + token) * 2 + unit % 2] = make_float2(sum, base);
+        reinterpret_cast<float2*>(next.sums)[((u64)(unit / 2) * pairs + work.token + token) * 2 + unit % 2] = make_float2(sum[0], base[0]);
 }
 
 // Token tiles and pairs before each expert, by one warp, which asks for all of them at once.
@@ -852,7 +859,7 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
                 }
             Compensator<FB ? FB : 1, FU ? FU : 1, BF16> compensator;
             if constexpr (C::MULTIPLIES_V)
-                if (kw == 0) compensator.begin(p.add, work, row_block, t_is_there, lane);
+                if (kw == 0) compensator.begin(p.add, work, row_block < p.row_blocks ? row_block : row_block % 4, t_is_there, lane);
             uint4* octets = BYTES_NEXT && p.next.bytes ? all_octets[turn] : nullptr;
             float* octet_sums = SUMS_NEXT && p.next.sums ? all_sums[turn] : nullptr;
             // sums live and end inside: shared by both sizes they made the compiler wait for every product
@@ -864,7 +871,7 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
 #pragma unroll
                     for (int i = 0; i < N / 2; ++i) acc[mi][i] = 0.f;
                 if constexpr (!C::BYTES) {
-                    Added<FB ? FB : 1, FU ? FU : 1, BF16, MI> added(p.add, work.u, row_block);
+                    Added<FB ? FB : 1, FU ? FU : 1, BF16, MI> added(p.add, work.u, row_block, p.row_blocks);
                     if (FB > 0 && work.u && kw == 0) {
                         if constexpr (AFTER) added.prefetch(lane);
                         else added.load(0, lane);

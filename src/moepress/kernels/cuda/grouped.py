@@ -51,7 +51,7 @@ class Added(NamedTuple):
 
 
 class Next(NamedTuple):
-    """Where what the next product takes of the results goes, as bytes or the sums of 16 bits, and that product's matrices."""
+    """Where the bytes or sums go that the next product takes of the results, and that product's matrices."""
 
     rows: Rows
     bank: RecordBank

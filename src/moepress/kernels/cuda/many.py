@@ -54,8 +54,9 @@ def run_many(
 ) -> None:
     """The sorted path, for any number of tokens."""
     tokens, pairs, each = len(x), ids.numel(), ids.numel() / len(gate_up.where)
+    bf16 = x.dtype == torch.bfloat16
     (up_tile, up_stages), (tile, stages) = (
-        find_tile(x, bank, half, choose.expert_tiles(bank.shape, each, bf16=x.dtype == torch.bfloat16), factors and factors.ranks)
+        find_tile(x, bank, half, choose.expert_tiles(bank.shape, each, bf16=bf16), factors and factors.ranks)
         for half, bank, factors in zip(HALVES, (gate_up, down), (gate_up_factors, down_factors), strict=True)
     )
     counters = torch.empty(2, dtype=torch.int32, device=x.device) if gate_up_factors or down_factors else None
@@ -132,7 +133,8 @@ def instances(
         yield "route.cu", rows_instance(kernel, bank, dtype)
     for half, bank, both in zip(HALVES, (gate_up, down), factors, strict=True):
         for tokens in choose.EXAMPLES:
-            yield from _compensated(half, bank, both, dtype, choose.expert_tiles(bank, tokens, bf16=dtype == torch.bfloat16)[0])
+            tile = choose.expert_tiles(bank, tokens, bf16=dtype == torch.bfloat16)[0]
+            yield from _compensated(half, bank, both, dtype, tile)
 
 
 def dense_instances(

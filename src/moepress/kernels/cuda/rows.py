@@ -46,28 +46,37 @@ class Rows(NamedTuple):
     bytes: torch.Tensor | None
     """As many bytes in another order (bytes.cuh), in a tensor of the same shape and dtype."""
     sums: torch.Tensor | None
-    """Float32. With bytes, scales and sums of their segments [records, P, floats]; without, for products whose sums are scaled,
-    the sums of units of x and of x times the bases of codes, two units side by side, [units / 2, P, 4]."""
+    """Float32. With bytes, scales and sums of their segments [records, P, floats]; without, for products whose sums are
+    scaled, the sums of units of x and of x times the bases of codes, two units side by side, [units / 2, P, 4]."""
 
     @classmethod
     def empty(
-        cls, x: torch.Tensor, rows: int, bank: RecordBank, *, plain: bool = False, in_bytes: bool = False, sums: bool = False
+        cls,
+        x: torch.Tensor,
+        rows: int,
+        bank: RecordBank,
+        *,
+        plain: bool = False,
+        in_bytes: bool = False,
+        sums: bool = False,
     ) -> Rows:
         """For products with `bank`'s matrices; `x` gives dtype and device."""
         layout, shape = bank.shape.any, (rows, bank.shape.any.padded_columns)
-        size = (layout.records_per_row_block, bank.shape.record_sums) if in_bytes else (-(-bank.shape.units // 2), 4)
+        blocks = (layout.records_per_row_block, bank.shape.record_sums) if in_bytes else (-(-bank.shape.units // 2), 4)
+        made = x.new_empty(blocks[0], rows, blocks[1], dtype=torch.float32) if in_bytes or sums else None
         return cls(
             x.new_empty(shape) if plain else None,
             x.new_empty(shape) if in_bytes else None,
-            torch.empty(size[0], rows, size[1], dtype=torch.float32, device=x.device) if in_bytes or sums else None,
+            made,
         )
 
     def argument(self, bank: RecordBank, zeros: torch.Tensor | None = None) -> _RowsOut:
         """`zeros`, int32, are set to 0 by the kernel that makes the rows."""
         layout = bank.shape.any
-        count = self.sums.shape[1] if self.sums is not None else len(self.plain if self.bytes is None else self.bytes)
-        units = layout.records_per_row_block * layout.units
-        sizes = count, units, layout.units, bank.shape.record_sums, 0 if zeros is None else zeros.numel(), layout.word_bits
+        made = next(each for each in (self.bytes, self.plain, self.sums) if each is not None)
+        count = made.shape[1] if made is self.sums else len(made)
+        cleared, floats = 0 if zeros is None else zeros.numel(), bank.shape.record_sums
+        sizes = count, bank.shape.units, layout.units, floats, cleared, layout.word_bits
         return _RowsOut(*map(address, (*self, zeros)), *sizes)
 
 
