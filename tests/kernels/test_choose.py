@@ -123,6 +123,8 @@ def test_known_layers() -> None:
     codes, scaled = choose.Tile(24, 1, 4, 1, scales_sums=True), choose.Tile(32, 1, 4, 1)
     assert [choose.expert_tiles(gate_up, each)[0] for each in (6.5, 16.0, 20.0)] == [codes, codes, scaled]
     assert choose.expert_tiles(gate_up, 16.0, bf16=False)[0] == scaled, "float16 has no room for sums with bases"
+    assert choose.expert_tiles(small, 8.0)[0] == codes, "short rows: up to 10"
+    assert choose.expert_tiles(small, 12.0)[0] == choose.Tile(32, 1, 2, 1, blocks=2)
     other = (RecordLayout(28672, 4096, 3, 32),), (RecordLayout(28672, 4096, 8, 64),)
     assert {choose.expert_tiles(choose.Bank(each), 16.0)[0] for each in other} == {scaled}, "two scales a unit; no base"
     assert choose.passes_sums(codes, codes) and not choose.passes_sums(scaled, codes)

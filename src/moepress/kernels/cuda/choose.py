@@ -2,8 +2,8 @@
 """Which instance of which kernel runs a problem, and with how much shared memory. Pure arithmetic.
 
 The rules come from measurements on an H200 and an H100 (docs/LOG.md): warps that share a row block, and how many tokens
-make a tile. Tiles of 8 tokens multiply bytes; wider ones multiply scaled weights, and experts' tiles of 80 and more
-have two row tiles a warpgroup.
+make a tile. Tiles of 8 tokens multiply bytes, those of 24 codes with a base, whose sums are scaled; others multiply
+scaled weights, and experts' tiles of 80 and more have two row tiles a warpgroup.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_TOKENS, MAX_PAIRS = 8, 64
 """Most tokens of a launch of `gemv`, and most pairs of token and expert where tokens are several."""
 MAX_SEGMENTS = 16
 """Segments of 64 results that a block of `gemv` makes bytes of, at most."""
-EXAMPLES = 2, 16, 24, 64, 160, 257
+EXAMPLES = 2, 8, 16, 24, 64, 160, 257
 """Numbers of tokens, on average of an expert, that ask for every best tile there is."""
 MOST_TOKENS = 1 << 15
 """Tokens for which a dense layer's tiles are known beforehand."""
@@ -267,8 +267,9 @@ def expert_tiles(bank: Bank, tokens_each: float, *, bf16: bool = True) -> Sequen
     if tokens_each <= 6:
         best = Tile(8, 1, 2, 2) if long else Tile(8, 1, 2, 1, blocks=2)
     elif tokens_each <= 28:
-        codes = bf16 and long and bank.uniform_bits in (1, 2, 3, 4) and bank.segments == 1
-        if codes and tokens_each <= 17:
+        codes = bf16 and bank.uniform_bits in (1, 2, 3, 4) and bank.segments == 1
+        # more than fill one tile cost two: at 20 tokens on average Mixtral took 358 us instead of 258
+        if codes and tokens_each <= (17 if long else 10):
             best = Tile(24, 1, 4, 1, scales_sums=True)
         else:
             best = Tile(32, 1, 4, 1) if long else Tile(32, 1, 2, 1, blocks=2)

@@ -7,6 +7,10 @@
 // wgmma reads. While the tensor cores work on one unit the next one is unpacked. Where rows alone cannot fill the GPU, KW
 // warpgroups share the columns and add up in their order, and in a dense layer the blocks of a cluster.
 //
+// Tiles of 24 tokens leave the scale out of W: (base + code) is multiplied as it is, unit by unit into sums of their own, and
+// scale * (sum - zero * sum of x - sum of base * x) is added to the tile's (ours; sums of x come with x, as with bytes). That
+// is three operations for each sum instead of two for each pair of weights, so it pays while columns are few.
+//
 // Compensators W + u v: u times t = v x is added to the sums of W x while they are in registers. In wide tiles t is the last
 // stages, made by a launch before. Tiles of 8 tokens multiply v in the same launch, as its first tiles: they go to the blocks
 // that start first, so nobody waits for a block that waits for a free multiprocessor.
