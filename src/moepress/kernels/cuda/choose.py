@@ -33,7 +33,7 @@ MOST_TOKENS = 1 << 15
 HALF_STATIC = 17_408
 """Most shared bytes that `grouped` declares for a wide tile of half of an expert."""
 _NARROW = {80: 64, 128: 96, 144: 128}
-"""Tokens up to which wide tiles run with smaller products, as `NARROW` in grouped.cu has it."""
+"""Tokens up to which wide tiles run with smaller products, as `NARROW` in grouped_tiles.cuh has it."""
 RESERVED = 1024
 """Shared bytes that the system keeps of each block, and those lost to aligning the ring of `grouped`."""
 HOPPER, OWN = 227 << 10, 12 << 10
@@ -227,7 +227,7 @@ class Tile:
         return f"{shape}, {str(self.scales_sums).lower()}"
 
     def stage_bytes(self, bank: Bank, ranks: Ranks | None = None) -> int:
-        """Shared bytes of one stage of the ring, as `Config` in grouped.cu has it."""
+        """Shared bytes of one stage of the ring, as `Config` in grouped_tiles.cuh has it."""
         columns, records = self.column_groups, self.column_groups * bank.step
         record = max(bank.record_bytes, ranks.v_record_bytes if ranks and self.takes_bytes else 0)
         used = columns * 4 * 128 * self.tokens + records * self.row_blocks * record

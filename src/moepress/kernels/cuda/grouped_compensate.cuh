@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+// u t of compensators, and t itself, for a tile of `grouped`.
+#pragma once
+#include "factor.cuh"
+#include "grouped_tiles.cuh"
+
+// Unit `i` of u for a row block.
+template <int FB, int FU>
+__device__ __forceinline__ void load_u(FactorUnit<FB>& unit, const Compensators& f, const u8* u, int i, int row_block, int lane) {
+    unit.template load<FU>(locate(u, row_block, i / FU, f.u_records, Record<FU, UNIT>::bytes(FB)), i % FU, lane);
+}
+
+// u t of wide tiles: t's units are stages after those of x, u is in registers, the first unit since before W's products.
+// A row tile's operand is made while the products before it run: waiting for each was 1.3 us a tile of Qwen3-30B-A3B.
+template <int FB, int FU, bool BF16, int MI> struct Added {
+    FactorUnit<FB> unit[MI];
+    const Compensators& f;
+    const u8* u;  // null: none
+    int row_block, row_blocks;
+
+    __device__ __forceinline__ Added(const Compensators& f, const u8* u, int row_block, int row_blocks)
+        : f(f), u(u), row_block(row_block), row_blocks(row_blocks) {}
+    // A last tile may have more row blocks than the matrix, in fours: these take the first ones' place.
+    __device__ __forceinline__ int inside(int block) const { return block < row_blocks ? block : block % 4; }
+    __device__ __forceinline__ int units() const { return u ? (f.columns + UNIT - 1) / UNIT : 0; }
+    __device__ __forceinline__ void load(int i, int lane) {
+#pragma unroll
+        for (int mi = 0; mi < MI; ++mi) load_u<FB, FU>(unit[mi], f, u, i, inside(row_block + 4 * mi), lane);
+    }
+    // The first unit into L1, where registers have no room for it.
+    __device__ __forceinline__ void prefetch(int lane) {
+        const u8* record = locate(u, inside(row_block), 0, f.u_records, Record<FU, UNIT>::bytes(FB));
+        if (128 * lane < Record<FU, UNIT>::bytes(FB)) asm volatile("prefetch.global.L1 [%0];" ::"l"(record + 128 * lane));
+    }
+    __device__ __forceinline__ void operands(u32 (&a)[16], int mi) const {
+        using H = Half<BF16>;
+        u32 scales[2];
+        unit[mi].template operands<BF16>(a);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) scales[r] = H::pack(unit[mi].scale(r), unit[mi].scale(r));
+#pragma unroll
+        for (int j = 0; j < 16; ++j) a[j] = H::fma(a[j], scales[j % 2], 0);
+    }
+};
+
+// Where column `column` of t lies: a lane's columns of each octet, as products take them, side by side.
+__device__ __forceinline__ int t_place(int column, int columns) {
+    const int width = columns < UNIT ? columns : UNIT;
+    return column / width * width + column % 8 / 2 * (width / 4) + column % width / 8 * 2 + column % 2;
+}
+
+// A lane's part of unit `unit` of a row of t; null: zeros. Past L1, which may have an older neighbour of this row.
+__device__ __forceinline__ void load_t(u32 (&b)[8], const u16* row, int unit, int columns, int lane) {
+    uint4 v[2] = {};
+    if (row) {
+        const int width = columns < UNIT ? columns : UNIT;
+        const u16* from = row + unit * UNIT + lane % 4 * (width / 4);
+        if (width >= 32) v[0] = __ldcg(reinterpret_cast<const uint4*>(from));
+        if (width == 64) v[1] = __ldcg(reinterpret_cast<const uint4*>(from) + 1);
+        if (width == 16)
+            v[0].x = __ldcg(reinterpret_cast<const u32*>(from)), v[0].y = __ldcg(reinterpret_cast<const u32*>(from) + 1);
+        if (width == 8) v[0].x = __ldcg(reinterpret_cast<const u32*>(from));
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) b[4 * i] = v[i].x, b[4 * i + 1] = v[i].y, b[4 * i + 2] = v[i].z, b[4 * i + 3] = v[i].w;
+}
+
+// u t for a row block and a tile of 8 tokens. What a first unit takes is asked for before W's products: one trip to memory a
+// tile was 5 % of Mixtral's time at 8 tokens.
+template <int FB, int FU, bool BF16> struct Compensator {
+    FactorUnit<FB> unit;
+    u32 t[8];
+    const u8* u;     // of the expert; null: none
+    const u16* row;  // of t
+    int row_block;
+
+    __device__ __forceinline__ void load_unit(const Compensators& f, int i, int lane) {
+        load_u<FB, FU>(unit, f, u, i, row_block, lane);
+    }
+    __device__ __forceinline__ void load_row(const Compensators& f, int i, int lane) { load_t(t, row, i, f.columns, lane); }
+
+    __device__ __forceinline__ void begin(const Compensators& f, const Work& work, int row_block, bool t_is_there, int lane) {
+        u = work.u;
+        if (!u) return;
+        this->row_block = row_block, row = lane / 4 < work.tokens ? f.t + (u64)(work.token + lane / 4) * f.columns : nullptr;
+        load_unit(f, 0, lane);
+        if (t_is_there) load_row(f, 0, lane);
+    }
+    __device__ __forceinline__ void add(float (&y)[4], const Compensators& f, int lane) {
+        for (int i = 0; i < (f.columns + UNIT - 1) / UNIT; ++i) {
+            u32 a[16];
+            float c[4];
+            if (i > 0) load_unit(f, i, lane), load_row(f, i, lane);
+            unit.template operands<BF16>(a);
+            multiply_unit<BF16>(c, a, t);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) y[e] = fmaf(unit.scale(e / 2), c[e], y[e]);
+        }
+    }
+};
+
+// A warp's 16 rows of t for a tile of 8 tokens; then says so.
+template <bool BF16>
+__device__ __forceinline__ void store_t(const Compensators& f, const Work& work, int row_block, const float (&acc)[4], int lane) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+        const int column = row_block * ROWS + lane / 4 + e / 2 * 8, token = lane % 4 * 2 + e % 2;
+        if (token < work.tokens && column < f.columns)
+            f.t[(u64)(work.token + token) * f.columns + t_place(column, f.columns)] = round16<BF16>(acc[e]);
+    }
+    __syncwarp();
+    if (lane == 0 && row_block < f.v_row_blocks) {
+        __threadfence();
+        atomicAdd(f.done, 1);
+    }
+}
