@@ -210,6 +210,14 @@ def test_what_means_nothing_is_refused(
         allocate_layer(layer["frequency"], layer["weight"], layer["loss"], total, **options)
 
 
+def test_a_cost_that_no_plan_can_have_hides_no_other() -> None:
+    """Costs are scaled by the largest for HiGHS, which takes what is a millionth of it or less for nothing."""
+    tiny = Layer(name="a", frequency=[1.0], weight=[1.0], loss=[{1: 1e-190, 2: 0.0, 3: 1.0}])
+    free = Layer(name="b", frequency=[1.0], weight=[1.0], loss=[{1: 0.0, 2: 0.0, 3: 0.0}])
+    for solver in SOLVERS:
+        assert allocate_global([tiny, free], 1.5, layer_scale=[1.0, 1.0], solver=solver) == [[2], [1]]
+
+
 def test_averages_and_scales_are_checked() -> None:
     with pytest.raises(PlanError, match=r"3\.1 bits on average cannot be had from experts of 1, 2, 3 bits; ask"):
         allocate_model([SAME], 3.1)

@@ -271,9 +271,15 @@ def _walk(table: NDArray[np.float64], menus: Sequence[Sequence[Option]], total: 
 
 
 def _highs(layers: Sequence[Costs], total: int, needs: Sequence[tuple[int, ...]]) -> list[list[int]] | None:
-    """The same by branch and bound: a 0/1 column per expert and width."""
+    """The same by branch and bound: a 0/1 column per expert and width.
+
+    Widths that leave the others too few bits or too many have none: their costs would be in the scale of all.
+    """
+    least, most = (sum(end(each) for costs in layers for each in costs) for end in (min, max))
     columns = [(n, i, width, cost) for n, costs in enumerate(layers) for i, each in enumerate(costs)
-               for width, cost in each.items()]  # fmt: skip
+               for width, cost in each.items() if least - min(each) <= total - width <= most - max(each)]  # fmt: skip
+    if len({column[:2] for column in columns}) < sum(map(len, layers)):
+        return None
     rows: dict[tuple[int, ...], int] = {}
     entries: list[tuple[int, int, int]] = []
     for column, (n, i, width, _) in enumerate(columns):
