@@ -5,15 +5,16 @@
                                  [--note TEXT]
 
 What is timed and how is `moepress bench`'s: CUDA graphs, cold L2, uniform routing, medians; ratios are taken within
-one run; `--alone` times moepress alone. `mixed` has no peer: a layer whose experts have 1, 2, 3 and 4 bits in turn,
-against the mean of the four uniform layers.
+one run; `--alone` times moepress alone, `--tokens` other numbers of tokens than a part's own. `mixed` has no peer: a
+layer whose experts have 1, 2, 3 and 4 bits in turn, against the mean of the four uniform layers.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import product
 from statistics import median
 
 import torch
@@ -28,21 +29,25 @@ from moepress.bench.report import bound, fastest
 from moepress.bench.run import Row, Setting, run_problem, warm_up
 
 SHAPES = ((8192, 8192), (14336, 4096), (4096, 14336), (4096, 4096))
-TOKENS = (1, 8, 16, 64, 256, 1024, 4096)
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
 DENSE_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 640, 1024)
 NAMES = ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-moe-16b")
 
 
-def problems(part: str) -> Iterator[Problem]:
+def problems(part: str, given: Sequence[int] | None) -> Iterator[Problem]:
+    """`given` are the token counts that a user asked for, instead of the part's own."""
     if part == "dense":
-        yield from (Problem("dense", shape, tokens) for shape in SHAPES for tokens in DENSE_TOKENS)
-        yield from (Problem("dense", (4096, 4096), tokens, rank=rank) for rank in (0, 32) for tokens in (1, 64))
+        yield from (Problem("dense", shape, tokens) for shape in SHAPES for tokens in given or DENSE_TOKENS)
+        yield from (Problem("dense", (4096, 4096), tokens, rank=32) for tokens in given or (1, 64))
     elif part == "layers":
-        yield from (Problem("moe", LAYERS[name], tokens, name=name) for name in NAMES for tokens in TOKENS)
+        yield from (Problem("moe", LAYERS[name], tokens, name=name) for name in NAMES for tokens in given or TOKENS)
     elif part == "widths":
-        yield from (Problem("moe", LAYERS[NAMES[0]], 1, bits=bits, name=NAMES[0]) for bits in (1, 2, 4, 8))
+        for bits in (1, 2, 4, 8):
+            yield from (Problem("moe", LAYERS[NAMES[0]], tokens, bits=bits, name=NAMES[0]) for tokens in given or (1,))
     elif part == "ranks":
-        yield from (Problem("moe", LAYERS[NAMES[0]], tokens, rank=32, name=NAMES[0]) for tokens in (1, 8, 64, 1024))
+        # each beside the same without compensators, a moment apart: clocks move by more than what compensators cost
+        for name, tokens in product(NAMES, given or (1, 8, 64, 1024)):
+            yield from (Problem("moe", LAYERS[name], tokens, rank=rank, name=name) for rank in (0, 32))
 
 
 def figures(rows: list[Row], setting: Setting) -> Iterator[Figure]:
@@ -116,9 +121,7 @@ def main() -> None:
             found = list(mixed(clock, setting))
         else:
             found = []
-            for problem in problems(part):
-                if given.tokens and problem.tokens not in given.tokens:
-                    continue
+            for problem in problems(part, given.tokens):
                 contenders = [Moepress()] if given.alone else lineup(problem.kind, problem.dtype, peers=True)
                 for line in warm_up(contenders, [problem], setting):
                     print(line, flush=True)
