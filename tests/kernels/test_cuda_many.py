@@ -54,6 +54,9 @@ CASES = {
     "long, larger groups": Case(4, 2, 1664, 1544, group_size=128),
     "long in down alone": Case(4, 2, 256, 1544),
     "long, mixed in gate and up": Case(4, 2, 1536, 1672, bits=(2, 3)),
+    "long, groups of 128": Case(
+        4, 2, 1600, 1600, down_bits=(4,), group_size=128, down_group_size=128, ranks=(64, None), factor_bits=8
+    ),
     "many experts": Case(300, 8, 64, 64),
     "compensated": Case(6, 2, 256, 192, ranks=(32,)),
     "compensated, ranks that differ": Case(8, 2, 512, 320, ranks=(None, 64, 8, 16), factor_bits=3),
@@ -212,6 +215,19 @@ def test_against_float64(case: Case) -> None:
             assert torch.equal(run(case, layer, x, ids.int(), weights), y), f"{what}: ids as int32"
 
 
+@pytest.mark.parametrize("case", [case for name, case in CASES.items() if name.startswith("long")])
+def test_inputs_with_a_mean(case: Case) -> None:
+    """What bases make of x is taken off again: the larger its mean, the more there is to take off."""
+    layer = make(case)
+    x, ids, weights = inputs(case, 33)
+    x = x + 2
+    y, truth = run(case, layer, x, ids, weights), plain(case, layer, x, ids, weights, torch.float64)
+    error, yardstick = (
+        (found.double() - truth).norm() for found in (y, plain(case, layer, x, ids, weights, case.dtype))
+    )
+    assert error <= 2 * yardstick
+
+
 @by_case
 @pytest.mark.parametrize("tokens", [9, 33, 180])
 def test_short_cuts_change_no_bit(case: Case, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,6 +236,9 @@ def test_short_cuts_change_no_bit(case: Case, tokens: int, monkeypatch: pytest.M
 
     layer, given = make(case), inputs(case, tokens, nobody=0.1)
     y = run(case, layer, *given)
+    if tokens == 33 and case in (CASES["long rows"], CASES["long, a bit in down"]):
+        tiles = [choose.expert_tiles(bank.shape, 66 / case.experts)[0] for bank in layer.banks]
+        assert choose.passes_sums(*tiles), "sums are to be tested too"
     monkeypatch.setattr(choose.Tile, "makes_bytes", False)
     monkeypatch.setattr(many.choose, "passes_sums", lambda up_tile, tile: False)
     assert torch.equal(run(case, layer, *given), y)

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
+from moepress.errors import KernelError
 from moepress.format.spec import BITS
-from moepress.kernels.cuda import compiler, pack, router
+from moepress.kernels.cuda import choose, compiler, pack, router
 from moepress.kernels.cuda.compiler import Request
 from moepress.kernels.cuda.select import SOURCE, select_instance
 from moepress.kernels.records import RecordLayout
@@ -68,3 +71,29 @@ def test_kernels_compile(every: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
     chosen = requests[::every]
     done = compiler.warm(chosen)
     assert done.compiled == len(chosen) > 50 and done.cached == 0
+
+
+def test_a_tile_is_to_its_kernel_what_it_is_to_its_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes of a stage and threads of a block: the launch sizes the ring, the kernel lays it out."""
+    monkeypatch.setenv("MOEPRESS_CACHE", str(tmp_path / "cache"))
+    asserts = []
+    for bits, units, group_size in product((1, 3, 4, 8), COLUMNS, (32, 64, 128)):
+        bank = choose.Bank((RecordLayout(64, COLUMNS[units], bits, group_size),))
+        tiles = {choose.expert_tiles(bank, tokens)[0] for tokens in choose.EXAMPLES}
+        tiles |= choose.every_dense_tile(bank, 132) if bits == 3 and group_size == 64 else set()
+        for tile, ranks in product(tiles, (None, choose.Ranks(8, 1, 1, units))):
+            shape = f"{tile.tokens}, {tile.row_tiles}, {tile.row_groups}, {tile.column_groups}"
+            factor_bits, after = ranks.bits if ranks else 0, str(tile.scales_sums).lower()
+            config = f"Config<{units}, {group_size}, {shape}, {factor_bits}, {after}>"
+            asserts += [
+                f"static_assert({config}::stage_bytes({bits}) == {tile.stage_bytes(bank, ranks)});",
+                f"static_assert({config}::THREADS == {tile.threads});",
+            ]
+    sources = tmp_path / "sources"
+    shutil.copytree(compiler.SOURCES, sources, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    kernel = "template <int> __global__ void none() {}"
+    for name, text in (("right", asserts), ("wrong", [asserts[0].replace(" == ", " == 1 + ")])):
+        (sources / f"{name}.cu").write_text("\n".join(['#include "grouped_tiles.cuh"', *text, kernel]))
+    assert len(asserts) > 200 and compiler.compile_kernel("right.cu", "none<0>", "sm_90a", folder=sources).cubin
+    with pytest.raises(KernelError, match="static assertion failed"):
+        compiler.compile_kernel("wrong.cu", "none<0>", "sm_90a", folder=sources)

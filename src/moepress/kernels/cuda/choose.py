@@ -194,7 +194,7 @@ class Tile:
     blocks: int = 1
     """Blocks that share a multiprocessor: while one stores its tile, another multiplies."""
     scales_sums: bool = False
-    """Whether codes are multiplied as they are and their sums scaled, group by group, instead of the weights."""
+    """Whether codes are multiplied as they are and their sums scaled, unit by unit, instead of the weights."""
 
     @property
     def narrow(self) -> int:

@@ -104,7 +104,7 @@ template <int B, bool BF16> __host__ __device__ constexpr int place(int pair) {
     return BF16 && p + B > 7 ? 0 : p;
 }
 
-// The base of a code of so many bits in octet `pair` of a unit, as `unpack` leaves it.
+// The base of a code of so many bits, 1 to 4, in octet `pair` of a unit, as `unpack` leaves it.
 template <bool BF16> __device__ __forceinline__ float code_base(int bits, int pair) {
     auto base = [&](int p) { return float(1 << (Half<BF16>::MANTISSA - p)); };
     if (bits == 1) return base(place<1, BF16>(pair));

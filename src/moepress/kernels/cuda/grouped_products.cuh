@@ -139,7 +139,7 @@ __device__ __forceinline__ void scale_sums(float (&acc)[N / 2], const float (&pa
         }
 }
 
-// The same with codes that have their base, whose sums are scaled group by group: for few tokens less work than scaling weights.
+// The same with codes that have their base, whose sums are scaled unit by unit: for few tokens less work than scaling weights.
 template <typename C, int B, int U, int G, bool BF16, int NT, int N, int FB, typename A>
 __device__ __forceinline__ void accumulate_codes(float (&acc)[1][N / 2], A& added, u32 stages_at, u32 stage_bytes, u32 sums_at,
                                                  u32 bars, int stages, int& stage, u32& phase, int records, int wg, int lane,
@@ -176,6 +176,7 @@ __device__ __forceinline__ void accumulate_codes(float (&acc)[1][N / 2], A& adde
             if (u > 0) wgmma_wait<1>(), scale(unit - 1);
             if (u == U - 1) wgmma_wait<0>(), scale(unit);
         }
+        __syncwarp();  // all lanes have read sums of x
         if (lane == 0) mbarrier_arrive(bars + 16 * stage + 8);
         if (++stage == stages) stage = 0, phase ^= 1;
     }

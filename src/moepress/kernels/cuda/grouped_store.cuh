@@ -17,7 +17,8 @@ template <bool BF16, int NT, int MODE>
 __device__ __forceinline__ void store_rows(const Arguments& p, const Work& work, const Columns* columns, u32 corner, uint4* octets,
                                            float* sums, int row_block, float (&acc)[NT / 2], int lane) {
     using H = Half<BF16>;
-    constexpr int CHUNK = NT < 32 ? NT : NT % 32 == 0 ? 32 : NT % 16 == 0 ? 16 : 8, HALVES = MODE == GATE_UP ? 1 : 2;  // 16-byte pieces of a token
+    constexpr int CHUNK = NT < 32 ? NT : NT % 32 == 0 ? 32 : NT % 16 == 0 ? 16 : 8;
+    constexpr int HALVES = MODE == GATE_UP ? 1 : 2;  // 16-byte pieces of a token
     const int n = row_block * 8 * HALVES;
     float bias[2] = {0.f, 0.f};
     if (MODE == DENSE && p.bias)
@@ -109,8 +110,8 @@ __device__ __forceinline__ void store_sums(const Arguments& p, const Work& work,
     for (int step = 1; step < 8; step *= 2)  // in the order of `make_sums`
 #pragma unroll
         for (int octet = 0; octet < 8; octet += 2 * step) sum[octet] += sum[octet + step], base[octet] += base[octet + step];
-    if (thread < UNITS * NT && 8 * unit < p.row_blocks && token < work.tokens)
-        reinterpret_cast<float2*>(next.sums)[((u64)(unit / 2) * pairs + work.token + token) * 2 + unit % 2] = make_float2(sum[0], base[0]);
+    float2* to = reinterpret_cast<float2*>(next.sums) + ((u64)(unit / 2) * pairs + work.token + token) * 2 + unit % 2;
+    if (thread < UNITS * NT && 8 * unit < p.row_blocks && token < work.tokens) *to = make_float2(sum[0], base[0]);
 }
 
 // Adds up what the KW warpgroups of the same rows have, in their order; the first of them gets it.

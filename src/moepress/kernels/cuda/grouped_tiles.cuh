@@ -6,7 +6,7 @@
 // What a product after this one takes of y besides y, as `prepare_rows` makes it: bytes, or the sums that go with 16 bits.
 struct Next {
     u32* bytes;    // [pairs][units][UNIT_WORDS]; null: not needed
-    float* sums;   // with bytes [records][pairs][floats], else [units / 2][pairs][2][2]; null: not needed
+    float* sums;   // with bytes [records][pairs][floats], else [pairs of units][pairs][2][2]; null: not needed
     int units;     // of a row
     int record_units;
     int segments;  // of a unit
@@ -48,7 +48,8 @@ constexpr int MAX_EXPERTS = 512, MAX_SPLITS = 4;
 
 // Tensor maps of the activations, DENSE of the tokens, else of the sorted pairs: x as [units][rows][64] in boxes of
 // [KW * 4, NT or NARROW, 64] with 128-byte swizzle, and for tiles of 8 tokens the same of x's bytes, and their sums as
-// [records][rows][..] in boxes of [KW * 4 / U, NT, ..]; where sums are scaled, [units / 2][rows][4] in [2, NT, 4]. t, for wider tiles, as x in boxes of [1, NT, 64].
+// [records][rows][..] in boxes of [KW * 4 / U, NT, ..]; where sums are scaled, [pairs of units][rows][4] in [2, NT, 4].
+// t, for wider tiles, as x in boxes of [1, NT, 64].
 struct alignas(64) TensorMap {
     u8 opaque[128];
 };
@@ -119,11 +120,13 @@ template <int NT, int N, int TILE_BLOCKS, int MODE> struct Schedule {
 template <int U, int G, int NT, int MI, int WGS, int KW, int FB, bool AFTER> struct Config {
     static constexpr int ROW_BLOCKS = 4 * MI * WGS;           // of a tile
     static constexpr int CONSUMERS = WGS * KW * 128;
-    static constexpr bool MANY_REGISTERS = MI * NT >= 128 || AFTER;   // more than an even share; a whole warpgroup then gives some up
+    // more than an even share; a whole warpgroup then gives some up
+    static constexpr bool MANY_REGISTERS = MI * NT >= 128 || AFTER;
     static constexpr int THREADS = CONSUMERS + (MANY_REGISTERS ? 128 : WARP);
     static constexpr int STEP = 4 / U;                        // records of a warpgroup in a stage: 256 columns
     static constexpr int X_BYTES = KW * 4 * NT * 128;         // of a stage
-    // Up to 8 tokens codes are multiplied as bytes and their sums scaled; with more it is cheaper to scale the weights.
+    // Up to 8 tokens codes are multiplied as bytes and their sums scaled, AFTER with their base; with more it is cheaper to
+    // scale the weights.
     static constexpr bool BYTES = NT == 8 && MI == 1;
     static constexpr int H_UNITS = ROW_BLOCKS / 8;            // units of the intermediate that a tile of GATE_UP has
     static constexpr int SEGMENTS = U * Record<U, G>::SEGMENTS;

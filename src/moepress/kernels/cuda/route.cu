@@ -55,12 +55,12 @@ template <bool BF16> __global__ void __launch_bounds__(256) combine(const Combin
     }
 }
 
-// Rows as `grouped` reads them: 16-bit numbers, bytes, or both.
+// Rows as `grouped` reads them: 16-bit numbers, alone or with sums, bytes, or both.
 struct RowsOut {
     u16* rows;    // [rows, 64 * units], zeros past the end; null: not needed
     u32* bytes;   // [rows][units][UNIT_WORDS] or null
     float* sums;  // of segments: with bytes scale and sum, [records][count][sum_floats]; else sum and that of x times bases,
-                  // [units / 2][count][2][2]
+                  // [pairs of units][count][2][2]
     int* zeros;   // [zero_count] that are set to 0: counters of the products that follow
     int count, units, record_units, sum_floats, zero_count;
     int bits;  // of the codes that are multiplied next
@@ -88,7 +88,7 @@ struct Piece {
         scale = made.scale, sum = made.sum;
         __syncwarp();
     }
-    // The same of sums of 64 columns, in 16 bits.
+    // Sums of 64 columns of 16-bit numbers, in float32.
     template <bool BF16> __device__ __forceinline__ void make_sums(int bits, int lane) {
         float total = 0.f;
 #pragma unroll

@@ -39,7 +39,7 @@ class _Place(ctypes.Structure):
 
 
 class Rows(NamedTuple):
-    """Activations as a product takes them: P rows of K columns, in 16 bits, as bytes, or both."""
+    """Activations as a product takes them: P rows of K columns, in 16 bits, alone or with sums, as bytes, or both."""
 
     plain: torch.Tensor | None
     """[P, K]."""
@@ -47,7 +47,7 @@ class Rows(NamedTuple):
     """As many bytes in another order (bytes.cuh), in a tensor of the same shape and dtype."""
     sums: torch.Tensor | None
     """Float32. With bytes, scales and sums of their segments [records, P, floats]; without, for products whose sums are
-    scaled, the sums of units of x and of x times the bases of codes, two units side by side, [units / 2, P, 4]."""
+    scaled, the sums of units of x and of x times the bases of codes, two units side by side, [pairs of units, P, 4]."""
 
     @classmethod
     def empty(
