@@ -30,8 +30,6 @@ EXAMPLES = 2, 8, 16, 24, 64, 160, 257
 """Numbers of tokens, on average of an expert, that ask for every best tile there is."""
 MOST_TOKENS = 1 << 15
 """Tokens for which a dense layer's tiles are known beforehand."""
-HALF_STATIC = 17_408
-"""Most shared bytes that `grouped` declares for a wide tile of half of an expert."""
 _NARROW = {80: 64, 128: 96, 144: 128}
 """Tokens up to which wide tiles run with smaller products, as `NARROW` in grouped_tiles.cuh has it."""
 RESERVED = 1024
@@ -237,6 +235,21 @@ class Tile:
             used = _up(used, 128) + 4 * records * self.tokens * bank.record_sums
         return _up(used, 1024)
 
+    @property
+    def declared(self) -> int:
+        """Shared bytes that `grouped` declares besides the ring for half of a layer of experts, at most."""
+        own = (
+            4104 + 1024 + 16 * self.tokens
+        )  # tiles and pairs before each of 512 experts; the ring's; two tiles' columns
+        corners = BLOCKS * self.row_groups * min(self.tokens, 32) * 32
+        of_next = 32 if self.takes_bytes else 8 if self.scales_sums else 0  # of two tiles, for the product that follows
+        sums = (self.column_groups - 1) * 64
+        return _up(own + corners + (of_next + sums) * self.row_blocks * self.tokens, 1024)
+
+    def fits_experts(self, bank: Bank) -> bool:
+        """Whether two stages fit on Hopper, for half of a layer of experts."""
+        return 2 * self.stage_bytes(bank) + self.declared + RESERVED <= HOPPER // self.blocks
+
     def has_room(self, bank: Bank) -> bool:
         """Whether two stages fit on Hopper, for a dense layer or a factor."""
         sums = 4 * (self.column_groups - 1) * 64 * self.row_tiles * self.row_groups * self.tokens
@@ -275,7 +288,9 @@ def expert_tiles(bank: Bank, tokens_each: float, *, bf16: bool = True) -> Sequen
             best = Tile(32, 1, 4, 1) if long else Tile(32, 1, 2, 1, blocks=2)
     else:
         best = Tile(_wide(bank, tokens_each), 2, 2, 1)
-    return best, Tile(8 if best.tokens == 8 else 32 if best.tokens <= 32 else 64, 1, 2, 1), Tile(8, 1, 1, 1)
+    # what does not fit is not the first, which alone is compiled beforehand
+    tiles = best, Tile(8 if best.tokens == 8 else 32 if best.tokens <= 32 else 64, 1, 2, 1), Tile(8, 1, 1, 1)
+    return [tile for tile in tiles if tile.fits_experts(bank)]
 
 
 def _wide(bank: Bank, tokens_each: float) -> int:
@@ -285,7 +300,7 @@ def _wide(bank: Bank, tokens_each: float) -> int:
     """
     counts = _spread(tokens_each)
     sizes = [(80, 64), (128, 96)] if bank.uniform_bits else [(each, each) for each in (80, 96, 128)]
-    if bank.uniform_bits and 2 * Tile(144, 2, 2, 1).stage_bytes(bank) <= HOPPER - RESERVED - HALF_STATIC:
+    if bank.uniform_bits and Tile(144, 2, 2, 1).fits_experts(bank):
         sizes.append((144, 128))  # not with 4 bits: without room for two stages a tile of 64 would run
     return min(sizes, key=lambda size: sum(_expert_time(tokens, *size) for tokens in counts))[0]
 
