@@ -218,6 +218,14 @@ def test_a_cost_that_no_plan_can_have_hides_no_other() -> None:
         assert allocate_global([tiny, free], 1.5, layer_scale=[1.0, 1.0], solver=solver) == [[2], [1]]
 
 
+def test_a_need_that_the_total_has_no_bits_for_is_dropped_as_a_whole() -> None:
+    """Five bits for one expert and three: these cannot have 2 and 3 bits among them, so none is asked of them."""
+    one = Layer(name="a", frequency=[1.0], weight=[1.0], loss=[{1: 1.0, 2: 0.0, 3: 0.0}])
+    three = Layer(name="b", frequency=[1.0] * 3, weight=[1.0] * 3, loss=[{1: 0.0, 2: 0.0, 3: 0.0}] * 3)
+    for solver in SOLVERS:
+        assert allocate_global([one, three], 1.25, layer_scale=[1.0, 1.0], solver=solver) == [[2], [1, 1, 1]]
+
+
 def test_averages_and_scales_are_checked() -> None:
     with pytest.raises(PlanError, match=r"3\.1 bits on average cannot be had from experts of 1, 2, 3 bits; ask"):
         allocate_model([SAME], 3.1)

@@ -278,6 +278,9 @@ def _highs(layers: Sequence[Costs], total: int, needs: Sequence[tuple[int, ...]]
     least, most = (sum(end(each) for costs in layers for each in costs) for end in (min, max))
     columns = [(n, i, width, cost) for n, costs in enumerate(layers) for i, each in enumerate(costs)
                for width, cost in each.items() if least - min(each) <= total - width <= most - max(each)]  # fmt: skip
+    left = {(n, width) for n, _, width, _ in columns}
+    if any((n, width) not in left for n, need in enumerate(needs) for width in need):
+        return None
     if len({column[:2] for column in columns}) < sum(map(len, layers)):
         return None
     rows: dict[tuple[int, ...], int] = {}
