@@ -238,9 +238,8 @@ class Tile:
     @property
     def declared(self) -> int:
         """Shared bytes that `grouped` declares besides the ring for half of a layer of experts, at most."""
-        own = (
-            4104 + 1024 + 16 * self.tokens
-        )  # tiles and pairs before each of 512 experts; the ring's; two tiles' columns
+        # tiles and pairs before each of 512 experts; what the ring has of its own; the columns of two tiles
+        own = 4104 + 1024 + 16 * self.tokens
         corners = BLOCKS * self.row_groups * min(self.tokens, 32) * 32
         of_next = 32 if self.takes_bytes else 8 if self.scales_sums else 0  # of two tiles, for the product that follows
         sums = (self.column_groups - 1) * 64
