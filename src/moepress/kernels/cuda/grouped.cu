@@ -18,7 +18,8 @@
 #include "grouped_products.cuh"
 #include "grouped_store.cuh"
 
-// Keeps the ring full with the stages of this block's tiles. One warp, of which lane 0 asks for copies.
+// Keeps the ring full with the stages of this block's tiles. One warp, of which lane 0 asks for copies. Records of the first
+// tile, which nobody changes, are asked for before the launch ahead has ended, if its tiles are known by then.
 template <typename C, int B, int MAX_B, int U, int G, int NT, int MODE, int MI, int WGS, int KW, int FB, bool AFTER, typename S>
 __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, const TensorMap& x_map, const TensorMap& other_map,
                                         const TensorMap& t_map, Work* works, u32 ring, u32 bars, int lane) {
@@ -31,6 +32,7 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
         const bool of_v = C::MULTIPLIES_V && work.split;
         const Expert e = of_v ? p.add.v[work.expert] : p.bank.expert(work.expert);
         if (of_v && !e.records) {
+            await_producers();
             if (lane == 0) atomicAdd(p.add.done, min(4 * WGS, p.add.v_row_blocks - work.row_block));
             continue;
         }
@@ -44,19 +46,38 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
         const bool narrow = NARROW<NT, MI, B> < NT && work.tokens <= NARROW<NT, MI, B>;
         const u32 x_bytes = narrow ? KW * 4 * NARROW<NT, MI, B> * 128 : C::X_BYTES;
         constexpr int RECORDS = KW * C::STEP;
-        for (int record = first; record < end; record += RECORDS) {
-            const u32 full = bars + 16 * stage, to = ring + stage * STAGE, bytes = min(RECORDS, end - record) * 4 * size;
-            mbarrier_wait(full + 8, phase);
-            if (lane == 0) {
-                if (record == first) works[stage] = work;
-                mbarrier_expect(full, groups * bytes + x_bytes + C::STAGE_SUMS);
-                tensor_copy(to, narrow ? &other_map : &x_map, 0, work.token, record * U, full);
-                for (int i = 0; i < groups; ++i)
-                    bulk_copy(to + C::X_BYTES + i * RECORDS * 4 * size, from + (u64)(i * p.records + record) * 4 * size, bytes, full,
-                              policy);
-                if constexpr (C::BYTES) tensor_copy(to + C::sums_at(MAX_B), &other_map, 0, work.token, record, full);
-                if constexpr (AFTER) tensor_copy(to + C::sums_at(MAX_B), &other_map, 0, work.token, record * U / 2, full);
-            }
+        // x first: it is most of a wide tile's bytes, and behind the records it came too late
+        auto ask_x = [&](int stage, int record) {
+            const u32 full = bars + 16 * stage, to = ring + stage * STAGE;
+            tensor_copy(to, narrow ? &other_map : &x_map, 0, work.token, record * U, full);
+            if constexpr (C::BYTES) tensor_copy(to + C::sums_at(MAX_B), &other_map, 0, work.token, record, full);
+            if constexpr (AFTER) tensor_copy(to + C::sums_at(MAX_B), &other_map, 0, work.token, record * U / 2, full);
+        };
+        auto ask_records = [&](int stage, int record, u32 bytes) {
+            const u32 full = bars + 16 * stage, to = ring + stage * STAGE + C::X_BYTES;
+#pragma unroll 1  // as predicated copies two of them made all of the producer's registers different from lane to lane
+            for (int i = 0; i < groups; ++i)
+                bulk_copy(to + i * RECORDS * 4 * size, from + (u64)(i * p.records + record) * 4 * size, bytes, full, policy);
+        };
+        auto expect = [&](int stage, int record, u32 bytes) {
+            if (record == first) works[stage] = work;
+            mbarrier_expect(bars + 16 * stage, groups * bytes + x_bytes + C::STAGE_SUMS);
+        };
+        auto bytes_of = [&](int record) { return min(RECORDS, end - record) * 4 * size; };
+        int record = first;
+        if (index == blockIdx.x) {  // the ring is empty
+            if (p.tiles_known)
+                for (; stage < p.stages && record < end; ++stage, record += RECORDS)
+                    if (lane == 0) expect(stage, record, bytes_of(record)), ask_records(stage, record, bytes_of(record));
+            await_producers();
+            for (int s = 0; s < stage; ++s)
+                if (lane == 0) ask_x(s, first + s * RECORDS);
+            if (stage == p.stages) stage = 0, phase ^= 1;
+        }
+        for (; record < end; record += RECORDS) {
+            const u32 bytes = bytes_of(record);
+            mbarrier_wait(bars + 16 * stage + 8, phase);
+            if (lane == 0) expect(stage, record, bytes), ask_x(stage, record), ask_records(stage, record, bytes);
             if (++stage == p.stages) stage = 0, phase ^= 1;
         }
         if constexpr (FB > 0 && !C::BYTES) {
@@ -109,8 +130,7 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
         for (int s = 0; s < p.stages; ++s) mbarrier_init(bars + 16 * s, 1), mbarrier_init(bars + 16 * s + 8, C::CONSUMERS / WARP);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    await_producers();
-    allow_dependents();
+    if (!p.tiles_known) await_producers();
     if (MODE != DENSE && thread < WARP) count_tiles<NT, MODE>(p, tiles, firsts, lane);
     __syncthreads();
     Schedule<NT, NARROW<NT, MI, B>, C::ROW_BLOCKS, MODE> schedule;
@@ -121,15 +141,18 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
     schedule.splits = p.splits, schedule.first_tile = p.first_tile, schedule.some = p.tiles;
     schedule.token_tiles = MODE == DENSE ? (p.tokens + NT - 1) / NT : tiles[p.num_experts];
 
-    if (thread >= C::CONSUMERS) {  // producer
+    // through a shuffle, so that the compiler knows it to be the same for the whole warp: stages, addresses of tiles and what
+    // copies take are then in uniform registers, and cost the other pipes nothing and the producer a third of its time
+    const int first_lane = __shfl_sync(~0u, thread, 0);
+    if (first_lane >= C::CONSUMERS) {  // producer
         if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(AFTER ? 56 : 40));
-        if (thread >= C::CONSUMERS + WARP) return;
+        if (first_lane >= C::CONSUMERS + WARP) return;
         produce<C, B, MAX_B, U, G, NT, MODE, MI, WGS, KW, FB, AFTER>(p, schedule, x_map, other_map, t_map, works, ring, bars, lane);
     } else {  // consumers
         if constexpr (C::MANY_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(AFTER ? 104 : 232));
-        // through a shuffle, so that the compiler knows it to be the same for the whole warp, and with it the addresses of
-        // tiles: they then live in uniform registers and cost the other pipes nothing
-        const int group = __shfl_sync(~0u, thread / 128, 0), wg = group % WGS, kw = group / WGS, warp = thread / WARP % 4;
+        await_producers();
+        allow_dependents();
+        const int group = first_lane / 128, wg = group % WGS, kw = group / WGS, warp = first_lane / WARP % 4;
         int stage = 0;
         u32 phase = 0;
         int turn = 0;

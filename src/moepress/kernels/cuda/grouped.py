@@ -21,7 +21,10 @@ from moepress.kernels.cuda.tensor_map import map_rows, map_sums
 
 _Next = structure("_Next", "bytes sums", "", "units record_units segments floats bits")
 _Sizes = structure(
-    "_Sizes", "", "", "tokens slots num_experts n ld records row_blocks stages splits split_records first_tile tiles"
+    "_Sizes",
+    "",
+    "",
+    "tokens slots num_experts n ld records row_blocks stages splits split_records first_tile tiles tiles_known",
 )
 
 
@@ -73,10 +76,12 @@ def grouped(
     added: Added | None = None,
     then: Next | None = None,
     part: choose.Part | None = None,
+    after_route: bool = False,
 ) -> None:
     """One product into y [.., ld], of which `columns` are real; without y into the bytes of `then` alone.
 
-    `part` says which tiles and how their columns are split, by default all and not at all.
+    `part` says which tiles and how their columns are split, by default all and not at all; `after_route` that the
+    launch before this one makes the route, for which the product then waits before it asks for weights.
     """
     x = rows.bytes if tile.takes_bytes else rows.plain
     assert x is not None, f"{mode} takes {'bytes' if tile.takes_bytes else '16 bits'}, which nobody has made"
@@ -90,7 +95,7 @@ def grouped(
         _compensators(added), _next(then),
         _Sizes(
             tokens, slots, len(bank.where), columns, ld if ld is not None else y.shape[1],
-            layout.records_per_row_block, shape.row_blocks, stages, *split,
+            layout.records_per_row_block, shape.row_blocks, stages, *split, not after_route,
         ),
     )  # fmt: skip
     x_map, other_map = (map_rows(x, each, 4 * tile.column_groups) for each in (tile.tokens, tile.narrow))

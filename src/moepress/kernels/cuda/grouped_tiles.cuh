@@ -42,6 +42,7 @@ struct Arguments {
     int splits;             // parts of the columns: PLAIN with a result each, DENSE blocks of a cluster; else 1
     int split_records;      // of a part
     int first_tile, tiles;  // DENSE, but for tiles of 8 tokens: what this launch runs
+    int tiles_known;        // whether `first` is older than the launch ahead of this one; 1 where there is none
 };
 
 constexpr int MAX_EXPERTS = 512, MAX_SPLITS = 4;
@@ -153,7 +154,8 @@ template <int NT, int MODE> __device__ __forceinline__ void count_tiles(const Ar
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
             const int e = from + i * WARP;
-            auto first_of = [&](int e) { return p.first ? p.first[e] : e * p.tokens; };
+            // from L2: while the launch ahead runs L1 may have what was there before
+            auto first_of = [&](int e) { return p.first ? __ldcg(p.first + e) : e * p.tokens; };
             begin[i] = e <= p.num_experts ? first_of(e) : 0, end[i] = e < p.num_experts ? first_of(e + 1) : 0;
             runs[i] = e < p.num_experts && (MODE != PLAIN || p.bank.expert(e).records);
         }

@@ -68,11 +68,14 @@ def run_many(
     h = Rows.empty(x, pairs, down, plain=not in_bytes, in_bytes=in_bytes, sums=sums)
     if h.plain is not None and h.plain.shape[1] != intermediate:
         h.plain.zero_()  # padding meets real scales and zeros in the short last group
-    added = compensate(rows, up_tile, gate_up_factors, route, counters)
+    added = compensate(rows, up_tile, gate_up_factors, route, counters, after_route=True)
     then = Next(h, down) if in_bytes or sums else None
     columns = down.layouts[0].padded_columns
     operands = rows, h.plain, gate_up, intermediate, tokens
-    grouped("GATE_UP", up_tile, up_stages, *operands, ld=columns, route=route, added=added, then=then)
+    first = added is None or added.done is not None  # no launch between, as one for t would be
+    grouped(
+        "GATE_UP", up_tile, up_stages, *operands, ld=columns, route=route, added=added, then=then, after_route=first
+    )
 
     if tile.takes_bytes and not in_bytes:
         h = prepare(h.plain, down, pairs, in_bytes=True, count=route.count)
@@ -91,6 +94,8 @@ def compensate(
     factors: Factors | None,
     route: Route | None = None,
     done: torch.Tensor | None = None,
+    *,
+    after_route: bool = False,
 ) -> Added | None:
     """What a product of `rows` in such tiles has to add; in wide ones t = v x is made here."""
     if factors is None:
@@ -100,13 +105,16 @@ def compensate(
         return Added(factors, rows.bytes.new_empty(len(rows.bytes), factors.v.layouts[0].rows), done)
     assert rows.plain is not None, "compensators of wide tiles multiply 16-bit rows"
     # whole records of u: v's padding of zero rows makes zeros of theirs
-    return Added(factors, multiply(rows.plain, factors.v, factors.u.layouts[0].padded_columns, route), None)
+    columns = factors.u.layouts[0].padded_columns
+    return Added(factors, multiply(rows.plain, factors.v, columns, route, after_route), None)
 
 
-def multiply(x: torch.Tensor, bank: RecordBank, columns: int, route: Route | None = None) -> torch.Tensor:
+def multiply(
+    x: torch.Tensor, bank: RecordBank, columns: int, route: Route | None = None, after_route: bool = False
+) -> torch.Tensor:
     """Sorted rows times their experts' matrices, without a route the one matrix; the first `columns` results are kept.
 
-    Two launches where few tiles share the columns of x.
+    Two launches where few tiles share the columns of x. `after_route` as in `grouped`.
     """
     rows, experts = len(x), len(bank.where)
     processors = processors_of(x.device.index)
@@ -114,7 +122,8 @@ def multiply(x: torch.Tensor, bank: RecordBank, columns: int, route: Route | Non
     splits, each = choose.factor_splits(bank.shape, tile, experts, rows, processors)
     parts = x.new_empty(rows * splits, columns)
     operands = Rows(x, None, None), parts.view(rows, -1), bank, columns, rows // (route.slots if route else 1)
-    grouped("PLAIN", tile, stages, *operands, route=route, part=choose.Part(0, 0, splits, each))
+    part = choose.Part(0, 0, splits, each)
+    grouped("PLAIN", tile, stages, *operands, route=route, part=part, after_route=after_route)
     if splits == 1:
         return parts
     combine(parts, None, 1, y := x.new_empty(rows, columns))
