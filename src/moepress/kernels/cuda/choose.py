@@ -334,7 +334,7 @@ def factor_tiles(bank: Bank, experts: int, rows: int, processors: int) -> Sequen
     def time(tile: Tile) -> float:
         tiles = sum(-(-count // tile.tokens) for count in _spread(rows / experts)) * experts / 5
         splits, _ = factor_splits(bank, tile, experts, rows, processors)
-        return -(-tiles * splits // processors) * _TIMES[tile] / splits
+        return -(-tiles * splits // processors) * _TIMES[tile][0] / splits
 
     return min(every_factor_tile(bank), key=time), Tile(32, 1, 1, 1), Tile(8, 2, 1, 1)
 
@@ -399,12 +399,14 @@ def _dense_tiles(tile: Tile, bank: Bank, tokens: int) -> int:
 
 
 _TIMES = {
-    Tile(16, 1, 1, 4): 5.9, Tile(16, 1, 2, 2): 12.1,
-    Tile(32, 1, 1, 2): 9.0, Tile(32, 1, 1, 4): 7.3, Tile(32, 1, 2, 2): 13.4,
-    Tile(64, 1, 1, 2): 10.1, Tile(64, 1, 2, 1): 16.4, Tile(80, 1, 1, 2): 11.5,
-    Tile(128, 1, 2, 1): 27.5, Tile(128, 2, 2, 1): 46.0, Tile(152, 2, 2, 1): 55.5,
+    Tile(16, 1, 1, 4): (4.9, 2.1), Tile(16, 1, 2, 2): (10.1, 2.6),
+    Tile(32, 1, 1, 2): (6.5, 1.5), Tile(32, 1, 1, 4): (6.9, 1.2), Tile(32, 1, 2, 2): (11.1, 2.4),
+    Tile(64, 1, 1, 2): (10.3, 0.6), Tile(64, 1, 2, 1): (15.8, 0.8), Tile(80, 1, 1, 2): (10.6, 0.9),
+    Tile(96, 1, 2, 1): (19.6, 0.6), Tile(128, 1, 2, 1): (23.6, 0.3), Tile(160, 1, 2, 1): (27.6, 0.4),
+    Tile(128, 2, 2, 1): (44.7, 1.6), Tile(152, 2, 2, 1): (49.9, 2.9),
 }  # fmt: skip
-"""Tiles of dense layers of more than eight tokens, and microseconds that 4096 columns of one take on an H200."""
+"""Tiles of dense layers of more than eight tokens; microseconds that 4096 columns of one take on an H200, and what it
+takes besides, but for the launch."""
 _CLUSTERS = {2: 66, 3: 39, 4: 28}
 """Clusters of so many blocks that 132 multiprocessors hold at a time; of four an H200 held 30, so that 32 of them took
 twice as long. How many it holds depends on where a card's multiprocessors lie; of more than four it is few."""
@@ -414,19 +416,21 @@ def _dense_time(tile: Tile, bank: Bank, tokens: int, processors: int) -> tuple[f
     """Microseconds of a matrix but for the launch, and the splits of the last tiles with which it takes these."""
     records, tiles = bank.any.records_per_row_block, _dense_tiles(tile, bank, tokens)
     full = _expert_time(tokens, tile.tokens, tile.narrow) / (-(-tokens // tile.tokens) * _tile_time(tile.tokens))
-    of_record = full * _TIMES.get(tile, math.inf) * bank.any.units * 64 / 4096
+    columns, besides = _TIMES.get(tile, (math.inf, 0.0))
+    of_record = full * columns * bank.any.units * 64 / 4096
     whole, left = divmod(tiles, processors)
     sums = 4 * 16 * tile.row_blocks * tile.tokens
 
     def time(splits: int) -> float:
         exchange = 1.5 + 0.3 * splits + sums / (1 << 16) + (2 if whole else 0)
-        return of_record * (whole * records + -(-records // splits)) + exchange
+        return of_record * (whole * records + -(-records // splits)) + besides * (whole + 1) + exchange
 
     # a cluster's blocks have one tile, and add up where their ring was
     fits = tile in _TIMES and sums <= 2 * tile.stage_bytes(bank)
     shares = {-(-records // -(-records // most)) for most in _CLUSTERS} - {1}  # none of which is empty
     options = [s for s in shares if fits and 0 < left <= _CLUSTERS[s] * processors // 132]
-    return min([(of_record * records * -(-tiles // processors), 1), *((time(splits), splits) for splits in options)])
+    rounds = -(-tiles // processors)
+    return min([((of_record * records + besides) * rounds, 1), *((time(splits), splits) for splits in options)])
 
 
 def _up(x: int, to: int) -> int:

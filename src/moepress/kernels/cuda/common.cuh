@@ -236,6 +236,16 @@ __device__ __forceinline__ void mbarrier_init(u32 bar, u32 count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
 }
 
+// True in one lane of a warp, which all of it asks. The compiler knows that it is one: of copies asked for by `lane == 0` it made
+// loops over lanes.
+__device__ __forceinline__ bool elect() {
+    u32 one = threadIdx.x % WARP == 0;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(one));
+#endif
+    return one;
+}
+
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void mbarrier_expect(u32 bar, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");

@@ -339,9 +339,10 @@ struct Ring {
     u32 slots, bars, bytes;
     int stages, issue, take;
     u32 phase;
+    bool asks;  // for copies: this lane
 
     __device__ Ring(u32 slots, u32 bars, u32 bytes, int stages)
-        : slots(slots), bars(bars), bytes(bytes), stages(stages), issue(0), take(0), phase(0) {}
+        : slots(slots), bars(bars), bytes(bytes), stages(stages), issue(0), take(0), phase(0), asks(elect()) {}
     __device__ u32 head() const { return slots + take * bytes; }
     __device__ void release() {
         __syncwarp();
@@ -349,7 +350,7 @@ struct Ring {
     }
 #if __CUDA_ARCH__ >= 900
     __device__ void fetch(const u8* from, u32 size, u64 policy, int lane) {
-        if (lane == 0) {
+        if (asks) {
             mbarrier_expect(bars + 8 * issue, size);
             bulk_copy(slots + issue * bytes, from, size, bars + 8 * issue, policy);
         }
@@ -556,14 +557,17 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     };
     auto fetch_first = [&] {
         if (item >= items) {
+#pragma unroll 1
             for (int i = 0; i < p.stages - 1; ++i) fetch_next();
             return;
         }
         v_slot = active.compensated[item / f.v_row_blocks], v_row_block = item % f.v_row_blocks, v_record = warp;
+#pragma unroll 1
         for (int i = 0; i < p.stages - 1; ++i) fetch_v();
     };
     if constexpr (FACTORS) fetch_first();
     else
+#pragma unroll 1
         for (int i = 0; i < p.stages - 1; ++i) fetch_next();
 
     if (MODE != GATE_UP) await_producers();

@@ -25,6 +25,7 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
                                         const TensorMap& t_map, Work* works, u32 ring, u32 bars, int lane) {
     constexpr u32 STAGE = C::stage_bytes(MAX_B);
     const u64 policy = evict_first();
+    const bool asks = elect();
     int stage = 0;
     u32 phase = 1;
     for (int index = blockIdx.x; index < schedule.total(); index += gridDim.x) {
@@ -68,16 +69,16 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
         if (index == blockIdx.x) {  // the ring is empty
             if (p.tiles_known)
                 for (; stage < p.stages && record < end; ++stage, record += RECORDS)
-                    if (lane == 0) expect(stage, record, bytes_of(record)), ask_records(stage, record, bytes_of(record));
+                    if (asks) expect(stage, record, bytes_of(record)), ask_records(stage, record, bytes_of(record));
             await_producers();
             for (int s = 0; s < stage; ++s)
-                if (lane == 0) ask_x(s, first + s * RECORDS);
+                if (asks) ask_x(s, first + s * RECORDS);
             if (stage == p.stages) stage = 0, phase ^= 1;
         }
         for (; record < end; record += RECORDS) {
             const u32 bytes = bytes_of(record);
             mbarrier_wait(bars + 16 * stage + 8, phase);
-            if (lane == 0) expect(stage, record, bytes), ask_x(stage, record), ask_records(stage, record, bytes);
+            if (asks) expect(stage, record, bytes), ask_x(stage, record), ask_records(stage, record, bytes);
             if (++stage == p.stages) stage = 0, phase ^= 1;
         }
         if constexpr (FB > 0 && !C::BYTES) {
@@ -85,7 +86,7 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
             for (int unit = 0; unit < units; ++unit) {
                 const u32 full = bars + 16 * stage;
                 mbarrier_wait(full + 8, phase);
-                if (lane == 0) {
+                if (asks) {
                     mbarrier_expect(full, NT * 128);
                     tensor_copy(ring + stage * STAGE, &t_map, 0, work.token, unit, full);
                 }
