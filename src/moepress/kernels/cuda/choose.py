@@ -334,7 +334,8 @@ def factor_tiles(bank: Bank, experts: int, rows: int, processors: int) -> Sequen
     def time(tile: Tile) -> float:
         tiles = sum(-(-count // tile.tokens) for count in _spread(rows / experts)) * experts / 5
         splits, _ = factor_splits(bank, tile, experts, rows, processors)
-        return -(-tiles * splits // processors) * _TIMES[tile][0] / splits
+        columns, besides = _TIMES[tile]
+        return -(-tiles * splits // processors) * (columns * bank.units * 64 / 4096 / splits + besides)
 
     return min(every_factor_tile(bank), key=time), Tile(32, 1, 1, 1), Tile(8, 2, 1, 1)
 
