@@ -88,13 +88,15 @@ def grouped(
     device, shape, layout = x.device.index, bank.shape, bank.shape.any
     ranks = added and added.factors.ranks
     function, _ = find_kernel("grouped.cu", grouped_instance(mode, shape, x.dtype, tile, ranks), device)
+    ld = ld if ld is not None else y.shape[1]
+    assert ld % 8 == 0, f"rows of {ld} results do not leave as eight neighbours"
     first, pairs, weights, slots = route or (None, None, None, 1)
     split = (part.splits, part.records, part.first, part.tiles) if part else (1, layout.records_per_row_block, 0, 0)
     arguments = _Grouped(
         address(y), address(bias), bank.argument, address(first), address(pairs), address(weights),
         _compensators(added), _next(then),
         _Sizes(
-            tokens, slots, len(bank.where), columns, ld if ld is not None else y.shape[1],
+            tokens, slots, len(bank.where), columns, ld,
             layout.records_per_row_block, shape.row_blocks, stages, *split, not after_route,
         ),
     )  # fmt: skip

@@ -62,14 +62,7 @@ __device__ __forceinline__ void store_rows(const Arguments& p, const Work& work,
             if (!inside || (MODE == GATE_UP && !p.y)) continue;
             u16* to = p.y + (u64)(MODE == DOWN ? columns[column].row : work.token + column) * p.ld + at;
             if (MODE == PLAIN) to += work.split * p.n;
-            if (p.ld % 8 == 0) {  // rows beyond n are padding up to ld, and zeros
-                *reinterpret_cast<uint4*>(to) = make_uint4(x[0], x[1], x[2], x[3]);
-            } else {
-#pragma unroll 1
-                for (int j = 0; j < 8 && at + j < p.n; ++j)
-                    asm volatile("{.reg .b16 h; ld.shared.b16 h, [%1]; st.global.b16 [%0], h;}"
-                                 ::"l"(to + j), "r"(corner + 16 * i + 2 * j) : "memory");
-            }
+            *reinterpret_cast<uint4*>(to) = make_uint4(x[0], x[1], x[2], x[3]);  // beyond n: padding up to ld
         }
         __syncwarp();
     }

@@ -35,7 +35,7 @@ struct Arguments {
     Compensators add;       // before SiLU and weights
     Next next;              // GATE_UP
     int tokens, slots, num_experts;
-    int n, ld;              // columns of y and elements from row to row; GATE_UP: the intermediate size, half of W's rows
+    int n, ld;              // columns of y and elements from row to row, a multiple of 8; GATE_UP: the intermediate size, half of W's rows
     int records;            // of a row block
     int row_blocks;
     int stages;

@@ -20,9 +20,14 @@ HALVES: tuple[choose.Mode, choose.Mode] = "GATE_UP", "DOWN"
 
 
 def many_linear(
-    x: torch.Tensor, y: torch.Tensor, bank: RecordBank, bias: torch.Tensor | None, factors: Factors | None = None
-) -> None:
-    """x [M, K] (W + u v)^T (+ bias) into y [M, N]."""
+    x: torch.Tensor,
+    y: torch.Tensor,
+    out_features: int,
+    bank: RecordBank,
+    bias: torch.Tensor | None,
+    factors: Factors | None = None,
+) -> torch.Tensor:
+    """x [M, K] (W + u v)^T (+ bias) into the first N columns of y, which has a multiple of eight of them; these."""
     columns = bank.layouts[0].padded_columns
     if columns != x.shape[1]:
         x = torch.nn.functional.pad(x, (0, columns - x.shape[1]))
@@ -33,12 +38,13 @@ def many_linear(
         done = torch.empty(1, dtype=torch.int32, device=x.device) if factors else None
         rows = prepare(x, bank, len(x), in_bytes=True, zeros=done)
     added = compensate(rows, tile, factors, done=done)
-    operands = rows, y, bank, y.shape[1], len(x)
+    operands = rows, y, bank, out_features, len(x)
     if tile.takes_bytes:
         grouped("DENSE", tile, stages, *operands, bias=bias, added=added)
-        return
+        return y[:, :out_features]
     for part in choose.dense_parts(bank.shape, tile, len(x), processors_of(x.device.index)):
         grouped("DENSE", tile, stages, *operands, bias=bias, added=added, part=part)
+    return y[:, :out_features]
 
 
 def run_many(
