@@ -96,7 +96,7 @@ def test_splits_cover_all_columns(bank: choose.Bank, each: float, experts: int, 
 @given(bank=banks(), count=tokens, cores=processors)
 def test_a_tile_fits_any_matrix(bank: choose.Bank, count: int, cores: int) -> None:
     tiles, records = choose.dense_tiles(bank, count, cores), bank.any.records_per_row_block
-    some_tile_fits(bank, tuple(tiles), PLAINER)
+    some_tile_fits(bank, tuple(tiles[:1]), PLAINER)
     for tile in tiles:
         parts = choose.dense_parts(bank, tile, count, cores)
         tiles = -(-bank.row_blocks // tile.row_blocks) * -(-count // tile.tokens)

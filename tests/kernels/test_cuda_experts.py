@@ -232,10 +232,12 @@ def test_packing_frees_the_parts() -> None:
     assert requested() - before < 1 << 16
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_graphs_replay_with_new_inputs_and_routing(tokens: int) -> None:
-    made = bank("ragged", MIXED, 64).cuda()
-    x, ids, weights = routed("ragged", tokens, "usual", torch.bfloat16)
+@pytest.mark.parametrize("tokens", [1, 5, 40, 180])
+@pytest.mark.parametrize(("shape", "width", "rank"), [("ragged", MIXED, 0), ("wide", 3, 32)])
+def test_graphs_replay_with_new_inputs_and_routing(shape: str, width: int | str, rank: int, tokens: int) -> None:
+    """Launches of a replay overlap: one that asked for the route too early would find that of the replay before."""
+    made = bank(shape, width, 64, (rank,)).cuda()
+    x, ids, weights = routed(shape, tokens, "usual", torch.bfloat16)
     with torch.no_grad():
         made(x, ids, weights)
         torch.cuda.synchronize()
@@ -243,7 +245,7 @@ def test_graphs_replay_with_new_inputs_and_routing(tokens: int) -> None:
         with torch.cuda.graph(graph):
             y = made(x, ids, weights)
         for routing in ("skewed", "half to nobody", "the same for all", "all to nobody"):
-            for target, new in zip((x, ids, weights), routed("ragged", tokens, routing, torch.bfloat16), strict=True):
+            for target, new in zip((x, ids, weights), routed(shape, tokens, routing, torch.bfloat16), strict=True):
                 target.copy_(new)
             x.mul_(2)
             graph.replay()

@@ -120,27 +120,28 @@ def layer(spec: WeightSpec = SPEC, n: int = 200, k: int = 384, bias: bool = True
     return made.bfloat16()
 
 
-@pytest.mark.parametrize("tokens", [9, 40, 130])
-def test_compensators_in_clusters(tokens: int) -> None:
-    """One block of each cluster adds u t; rows that end in the middle of a tile."""
+@pytest.mark.parametrize(("n", "tokens"), [(1036, 9), (1036, 40), (1036, 130), (8500, 520), (8500, 600)])
+def test_compensators_in_clusters(n: int, tokens: int) -> None:
+    """One block of each cluster adds u t, in a second launch if n is large; rows that end in the middle of a tile."""
     from moepress.kernels.cuda import choose
     from moepress.kernels.cuda.functions import processors_of
 
-    made = layer(RANKED, 1032, 4096, bias=False)
+    made = layer(RANKED, n, 4096, bias=False)
     weight, processors = made.dequantize().double().cuda(), processors_of(0)
     made.cuda()
     x = inputs(tokens, 4096, dtype=torch.bfloat16)
     with torch.no_grad():
         check(made(x), x, weight)
-    bank = choose.Bank((RecordLayout(1032, 4096, 4, 64),))
+    bank = choose.Bank((RecordLayout(n, 4096, 4, 64),))
     tile = choose.dense_tiles(bank, tokens, processors)[0]
     assert any(part.splits > 1 for part in choose.dense_parts(bank, tile, tokens, processors)), "these are to be tested"
 
 
+@pytest.mark.parametrize("n", [200, 203])
 @pytest.mark.parametrize("spec", [SPEC, RANKED], ids=lambda spec: spec.tag)
 @pytest.mark.parametrize("lead", [(), (1,), (2, 3), (5, 1, 7), (0,), (130,)])
-def test_the_module(spec: WeightSpec, lead: tuple[int, ...]) -> None:
-    made = layer(spec)
+def test_the_module(spec: WeightSpec, lead: tuple[int, ...], n: int) -> None:
+    made = layer(spec, n)
     weight = made.dequantize().double().cuda()
     before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
     made.cuda()
@@ -148,7 +149,7 @@ def test_the_module(spec: WeightSpec, lead: tuple[int, ...]) -> None:
     with torch.no_grad():
         y = made(x)
     assert made.is_packed and "packed" not in dict(made.named_buffers())
-    assert y.shape == (*lead, 200)
+    assert y.shape == (*lead, n) and y.is_contiguous()
     if x.numel():
         wanted = torch.nn.functional.linear(x.double(), weight, made.bias.double())
         assert (y - wanted).norm() <= 0.01 * wanted.norm()
@@ -221,7 +222,7 @@ def test_a_graph_is_not_the_place_to_pack() -> None:
 @pytest.mark.parametrize("spec", [SPEC, RANKED], ids=lambda spec: spec.tag)
 def test_compiled_code_keeps_the_kernel(spec: WeightSpec, mode: str) -> None:
     torch._dynamo.reset()
-    model = torch.nn.Sequential(layer(spec), torch.nn.SiLU(), layer(SPEC, 384, 200)).cuda()
+    model = torch.nn.Sequential(layer(spec), torch.nn.SiLU(), layer(SPEC, 203, 200)).cuda()
     x = inputs(4, 384, dtype=torch.bfloat16)
     with torch.no_grad():
         wanted = model(x)

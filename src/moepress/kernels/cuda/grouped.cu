@@ -18,7 +18,7 @@
 #include "grouped_products.cuh"
 #include "grouped_store.cuh"
 
-// Keeps the ring full with the stages of this block's tiles. One warp, of which lane 0 asks for copies. Records of the first
+// Keeps the ring full with the stages of this block's tiles. One warp, of which one lane asks for copies. Records of the first
 // tile, which nobody changes, are asked for before the launch ahead has ended, if its tiles are known by then.
 template <typename C, int B, int MAX_B, int U, int G, int NT, int MODE, int MI, int WGS, int KW, int FB, bool AFTER, typename S>
 __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, const TensorMap& x_map, const TensorMap& other_map,
@@ -47,7 +47,7 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
         const bool narrow = NARROW<NT, MI, B> < NT && work.tokens <= NARROW<NT, MI, B>;
         const u32 x_bytes = narrow ? KW * 4 * NARROW<NT, MI, B> * 128 : C::X_BYTES;
         constexpr int RECORDS = KW * C::STEP;
-        // x first: it is most of a wide tile's bytes, and behind the records it came too late
+        // x first, but for the stages below: it is most of a wide tile's bytes, and behind the records it came too late
         auto ask_x = [&](int stage, int record) {
             const u32 full = bars + 16 * stage, to = ring + stage * STAGE;
             tensor_copy(to, narrow ? &other_map : &x_map, 0, work.token, record * U, full);

@@ -25,8 +25,8 @@ struct Compensators {
 };
 
 struct Arguments {
-    u16* y;                 // DENSE [tokens, n]; GATE_UP [pairs, n] or null, PLAIN [pairs, splits * n] in sorted order; DOWN
-                            // [tokens * slots, n]
+    u16* y;                 // DENSE [tokens, ld]; GATE_UP [pairs, ld] or null, PLAIN [pairs, splits * n] in sorted order; DOWN
+                            // [tokens * slots, ld]
     const u16* bias;        // DENSE [n] or null
     Bank bank;              // PLAIN: experts without records are left out, and their rows of y as they are
     const int* first;       // [num_experts + 1] first sorted pair of each expert; null: one matrix, for all tokens

@@ -26,8 +26,8 @@ def many_linear(
     bank: RecordBank,
     bias: torch.Tensor | None,
     factors: Factors | None = None,
-) -> torch.Tensor:
-    """x [M, K] (W + u v)^T (+ bias) into the first N columns of y, which has a multiple of eight of them; these."""
+) -> None:
+    """x [M, K] (W + u v)^T (+ bias) into the first N columns of y, which has a multiple of eight of them."""
     columns = bank.layouts[0].padded_columns
     if columns != x.shape[1]:
         x = torch.nn.functional.pad(x, (0, columns - x.shape[1]))
@@ -41,10 +41,9 @@ def many_linear(
     operands = rows, y, bank, out_features, len(x)
     if tile.takes_bytes:
         grouped("DENSE", tile, stages, *operands, bias=bias, added=added)
-        return y[:, :out_features]
+        return
     for part in choose.dense_parts(bank.shape, tile, len(x), processors_of(x.device.index)):
         grouped("DENSE", tile, stages, *operands, bias=bias, added=added, part=part)
-    return y[:, :out_features]
 
 
 def run_many(

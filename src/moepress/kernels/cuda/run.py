@@ -83,12 +83,12 @@ def linear(
 
     One token is one launch; with more, v x is a product of its own where tiles are wide, rounded to x's dtype.
     """
-    y = x.new_empty(len(x), out_features)
-    if len(x) == 1 and few_linear(x, y, bank, bias, factors):
+    if len(x) == 1 and few_linear(x, y := x.new_empty(1, out_features), bank, bias, factors):
         return y
-    if pad := -out_features % 8:  # results leave as eight neighbours
-        return many_linear(x, x.new_empty(len(x), out_features + pad), out_features, bank, bias, factors).contiguous()
-    return many_linear(x, y, out_features, bank, bias, factors)
+    pad = -out_features % 8  # results leave as eight neighbours
+    y = x.new_empty(len(x), out_features + pad)
+    many_linear(x, y, out_features, bank, bias, factors)
+    return y[:, :out_features].clone(memory_format=torch.contiguous_format) if pad else y
 
 
 def experts(
