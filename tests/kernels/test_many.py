@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `run_many` tells its launches, without a GPU: they are noted instead of made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from moepress.kernels.cuda import choose, many
+from moepress.kernels.cuda.bank import Factors, RecordBank
+from moepress.kernels.cuda.rows import Route, Rows
+from moepress.kernels.records import RecordLayout
+
+EXPERTS, SLOTS, HIDDEN, INNER = 8, 2, 256, 320
+
+
+def bank(rows: int, columns: int) -> RecordBank:
+    """Without records: nobody reads them."""
+    layout = RecordLayout(rows, columns, 3, 64)
+    return RecordBank((torch.empty(0),), (layout,), ((0, 0),) * EXPERTS, torch.empty(0))
+
+
+def factors(rows: int, columns: int, rank: int) -> Factors:
+    return Factors(bank(rank, columns), bank(rows, rank))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Kernel, and whether it was told that the launch ahead makes the route; in order."""
+    found: list[tuple[str, bool]] = []
+
+    def sort_rows(x: torch.Tensor, ids: torch.Tensor, *_: Any, zeros: Any, **made: bool) -> tuple[Rows, Route]:
+        found.append(("place_rows", False))
+        empty = torch.empty(0)
+        return Rows.empty(x, ids.numel(), bank(2 * INNER, HIDDEN), **made), Route(empty, empty, empty, SLOTS)
+
+    def grouped(mode: str, *_: Any, after_route: bool = False, **others: Any) -> None:
+        found.append((mode, after_route))
+
+    def prepare(x: torch.Tensor, of: RecordBank, rows: int, *, count: Any, **made: bool) -> Rows:
+        found.append(("prepare_rows", False))
+        return Rows.empty(x, rows, of, **made)
+
+    monkeypatch.setattr(many, "sort_rows", sort_rows)
+    monkeypatch.setattr(many, "grouped", grouped)
+    monkeypatch.setattr(many, "prepare", prepare)
+    monkeypatch.setattr(many, "combine", lambda *_: found.append(("combine", False)))
+    monkeypatch.setattr(many, "find_tile", lambda x, bank, mode, tiles, ranks=None: (tiles[0], 2))
+    monkeypatch.setattr(many, "processors_of", lambda device: 132)
+    return found
+
+
+@pytest.mark.parametrize("rank", [0, 32])
+@pytest.mark.parametrize("tokens", [9, 16, 40, 100, 300, 2000])
+def test_weights_are_asked_for_early_unless_the_launch_ahead_makes_the_route(
+    launches: list[tuple[str, bool]], tokens: int, rank: int
+) -> None:
+    """A product reads where its experts begin before the launch ahead has ended: that has to be older."""
+    x, ids = torch.empty(tokens, HIDDEN, dtype=torch.bfloat16), torch.zeros(tokens, SLOTS, dtype=torch.int64)
+    both = (factors(2 * INNER, HIDDEN, 2 * rank), factors(HIDDEN, INNER, rank)) if rank else (None, None)
+    banks = bank(2 * INNER, HIDDEN), bank(HIDDEN, INNER)
+    many.run_many(x, ids, ids.float(), *banks, INNER, torch.empty_like(x), *both)
+    products = [(kernel, told) for kernel, told in launches if kernel in ("PLAIN", "GATE_UP", "DOWN")]
+    assert launches[0][0] == "place_rows" and launches[-1][0] == "combine"
+    assert [told for _, told in products] == [True] + [False] * (len(products) - 1), "the first of them alone"
+    assert launches[1] == products[0], "and it follows at once"
+    takes_bytes = choose.expert_tiles(banks[0].shape, tokens * SLOTS / EXPERTS)[0].takes_bytes
+    names = ["GATE_UP", "DOWN"] if takes_bytes or not rank else ["PLAIN", "GATE_UP", "PLAIN", "DOWN"]
+    assert [kernel for kernel, _ in products] == names
