@@ -100,12 +100,13 @@ def grouped(
             layout.records_per_row_block, shape.row_blocks, stages, *split, not after_route,
         ),
     )  # fmt: skip
-    x_map, other_map = (map_rows(x, each, 4 * tile.column_groups) for each in (tile.tokens, tile.narrow))
-    if tile.scales_sums:
+    units = 4 * tile.column_groups
+    x_map = map_rows(x, tile.tokens, units)
+    if tile.scales_sums or tile.takes_bytes:
         assert rows.sums is not None, f"{mode} takes sums of x, which nobody has made"
-        other_map = map_sums(rows.sums, tile.tokens, 2)
-    if tile.takes_bytes:
-        other_map = map_sums(rows.sums, tile.tokens, tile.column_groups * shape.step)
+        other_map = map_sums(rows.sums, tile.tokens, tile.column_groups * shape.step if tile.takes_bytes else 2)
+    else:
+        other_map = map_rows(x, tile.narrow, units)
     t_map = map_rows(added.t, tile.tokens, 1) if added and not tile.takes_bytes else x_map  # x_map: nobody reads it
     shared = stages * tile.stage_bytes(shape, ranks) + choose.RESERVED
     blocks, cluster = tile.blocks * processors_of(device), 1
