@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `run_many` tells its launches, without a GPU: they are noted instead of made."""
+"""What the launches for many tokens are given, without a GPU: they are noted instead of made."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from moepress.kernels.cuda import choose, many
+from moepress.kernels.cuda import choose, many, run
 from moepress.kernels.cuda.bank import Factors, RecordBank
 from moepress.kernels.cuda.rows import Route, Rows
 from moepress.kernels.records import RecordLayout
@@ -69,3 +69,22 @@ def test_weights_are_asked_for_early_unless_the_launch_ahead_makes_the_route(
     takes_bytes = choose.expert_tiles(banks[0].shape, tokens * SLOTS / EXPERTS)[0].takes_bytes
     names = ["GATE_UP", "DOWN"] if takes_bytes or not rank else ["PLAIN", "GATE_UP", "PLAIN", "DOWN"]
     assert [kernel for kernel, _ in products] == names
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("n", [1, 200, 203])
+def test_results_have_whole_octets_and_leave_without_padding(
+    monkeypatch: pytest.MonkeyPatch, n: int, tokens: int
+) -> None:
+    """Kernels store eight neighbours at once; what a layer returns is dense, as its custom operation promises."""
+
+    def many_linear(x: torch.Tensor, y: torch.Tensor, out_features: int, *_: Any) -> None:
+        assert y.shape[1] % 8 == 0 and out_features <= y.shape[1] < out_features + 8
+        y.copy_(torch.arange(y.numel()).view(y.shape))
+
+    monkeypatch.setattr(run, "few_linear", lambda *_: False)
+    monkeypatch.setattr(run, "many_linear", many_linear)
+    y = run.linear(torch.empty(tokens, 64), bank(n, 64), None, n)
+    wide = -(-n // 8) * 8
+    assert y.shape == (tokens, n) and y.stride() == torch.empty(tokens, n).stride()
+    assert torch.equal(y, torch.arange(tokens * wide, dtype=y.dtype).view(tokens, wide)[:, :n])

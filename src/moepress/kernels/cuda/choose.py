@@ -317,7 +317,10 @@ def _expert_time(tokens: int, wide: int, narrow: int) -> float:
 
 
 def _tile_time(tokens: int) -> float:
-    """Of a wide tile, in that of a column: on an H100 128 columns took 46 us where 96 took 40, and 152 took 57."""
+    """Of a wide tile, in that of a column: on an H100 128 columns took 46 us where 96 took 40, and 152 took 57.
+
+    On an H200 it has become tokens + 70, by which all choices but one of 20 are the same (docs/LOG.md).
+    """
     return tokens + 120 + 1.5 * max(0, tokens - 128)
 
 
