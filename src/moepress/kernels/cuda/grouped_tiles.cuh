@@ -29,7 +29,7 @@ struct Arguments {
                             // [tokens * slots, ld]
     const u16* bias;        // DENSE [n] or null
     Bank bank;              // PLAIN: experts without records are left out, and their rows of y as they are
-    const int* first;       // [num_experts + 1] first sorted pair of each expert; null: one matrix, for all tokens
+    const int* first;       // [num_experts + 1] first sorted pair of each expert; DENSE null
     const int* pairs;       // [pairs] token * slots + slot, sorted by expert; DENSE null
     const float* weights;   // DOWN [pairs], sorted as they are
     Compensators add;       // before SiLU and weights
@@ -155,8 +155,7 @@ template <int NT, int MODE> __device__ __forceinline__ void count_tiles(const Ar
         for (int i = 0; i < BATCH; ++i) {
             const int e = from + i * WARP;
             // from L2: while the launch ahead runs L1 may have what was there before
-            auto first_of = [&](int e) { return p.first ? __ldcg(p.first + e) : e * p.tokens; };
-            begin[i] = e <= p.num_experts ? first_of(e) : 0, end[i] = e < p.num_experts ? first_of(e + 1) : 0;
+            begin[i] = e <= p.num_experts ? __ldcg(p.first + e) : 0, end[i] = e < p.num_experts ? __ldcg(p.first + e + 1) : 0;
             runs[i] = e < p.num_experts && (MODE != PLAIN || p.bank.expert(e).records);
         }
 #pragma unroll

@@ -102,7 +102,10 @@ def compensate(
     *,
     after_route: bool = False,
 ) -> Added | None:
-    """What a product of `rows` in such tiles has to add; in wide ones t = v x is made here."""
+    """What a product of `rows` in such tiles has to add; in wide ones t = v x is made here.
+
+    Of a dense layer as one more: its clusters add up parts of t in float32, where parts of experts' t are 16 bits.
+    """
     if factors is None:
         return None
     if tile.takes_bytes:
@@ -111,13 +114,15 @@ def compensate(
     assert rows.plain is not None, "compensators of wide tiles multiply 16-bit rows"
     # whole records of u: v's padding of zero rows makes zeros of theirs
     columns = factors.u.layouts[0].padded_columns
-    return Added(factors, multiply(rows.plain, factors.v, columns, route, after_route), None)
+    if route:
+        t = multiply(rows.plain, factors.v, columns, route, after_route)
+    else:
+        many_linear(rows.plain, t := rows.plain.new_empty(len(rows.plain), columns), columns, factors.v, None)
+    return Added(factors, t, None)
 
 
-def multiply(
-    x: torch.Tensor, bank: RecordBank, columns: int, route: Route | None = None, after_route: bool = False
-) -> torch.Tensor:
-    """Sorted rows times their experts' matrices, without a route the one matrix; the first `columns` results are kept.
+def multiply(x: torch.Tensor, bank: RecordBank, columns: int, route: Route, after_route: bool = False) -> torch.Tensor:
+    """Sorted rows times their experts' matrices; the first `columns` results are kept.
 
     Two launches where few tiles share the columns of x. `after_route` as in `grouped`.
     """
@@ -126,7 +131,7 @@ def multiply(
     tile, stages = find_tile(x, bank, "PLAIN", choose.factor_tiles(bank.shape, experts, rows, processors))
     splits, each = choose.factor_splits(bank.shape, tile, experts, rows, processors)
     parts = x.new_empty(rows * splits, columns)
-    operands = Rows(x, None, None), parts.view(rows, -1), bank, columns, rows // (route.slots if route else 1)
+    operands = Rows(x, None, None), parts.view(rows, -1), bank, columns, rows // route.slots
     part = choose.Part(0, 0, splits, each)
     grouped("PLAIN", tile, stages, *operands, route=route, part=part, after_route=after_route)
     if splits == 1:
@@ -148,28 +153,23 @@ def instances(
     for half, bank, both in zip(HALVES, (gate_up, down), factors, strict=True):
         for tokens in choose.EXAMPLES:
             tile = choose.expert_tiles(bank, tokens, bf16=dtype == torch.bfloat16)[0]
-            yield from _compensated(half, bank, both, dtype, tile)
+            yield "grouped.cu", grouped_instance(half, bank, dtype, tile, _ranks(both))
+            if both and not tile.takes_bytes:
+                for own in choose.every_factor_tile(both[0]):
+                    yield "grouped.cu", grouped_instance("PLAIN", both[0], dtype, own)
 
 
 def dense_instances(
     bank: choose.Bank, factors: tuple[choose.Bank, choose.Bank] | None, dtype: torch.dtype, processors: int
 ) -> Iterator[tuple[str, str]]:
-    """The same of a dense layer of several tokens."""
+    """The same of a dense layer of several tokens, and of its v, which is one as well."""
     yield "route.cu", rows_instance("prepare_rows", bank, dtype)
     yield "route.cu", f"combine<{is_bf16(dtype)}>"
     for tile in choose.every_dense_tile(bank, processors):
-        yield from _compensated("DENSE", bank, factors, dtype, tile)
+        yield "grouped.cu", grouped_instance("DENSE", bank, dtype, tile, _ranks(factors))
+    if factors:
+        yield from dense_instances(factors[0], None, dtype, processors)
 
 
-def _compensated(
-    mode: choose.Mode,
-    bank: choose.Bank,
-    factors: tuple[choose.Bank, choose.Bank] | None,
-    dtype: torch.dtype,
-    tile: choose.Tile,
-) -> Iterator[tuple[str, str]]:
-    ranks = choose.ranks(factors[0].any, factors[1].any) if factors else None
-    yield "grouped.cu", grouped_instance(mode, bank, dtype, tile, ranks)
-    if factors and not tile.takes_bytes:
-        for own in choose.every_factor_tile(factors[0]):
-            yield "grouped.cu", grouped_instance("PLAIN", factors[0], dtype, own)
+def _ranks(factors: tuple[choose.Bank, choose.Bank] | None) -> choose.Ranks | None:
+    return choose.ranks(factors[0].any, factors[1].any) if factors else None
