@@ -22,8 +22,10 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none"),
 ]
 TOKENS = (1, 2, 4, 7, 8, 9, 33, 130, 600)
-SHAPES = {"ragged": (6, 2, 136, 40), "many": (64, 8, 256, 72), "wide": (8, 4, 512, 640), "one": (4, 1, 64, 200)}
-"""Experts, chosen for a token, hidden, intermediate. "wide" is large enough at 7 and 8 tokens to pass on bytes of h."""
+SHAPES = {"ragged": (6, 2, 136, 40), "many": (64, 8, 256, 72), "wide": (8, 4, 512, 640), "one": (4, 1, 64, 200),
+          "long": (24, 8, 128, 2048)}  # fmt: skip
+"""Experts, chosen for a token, hidden, intermediate. "wide" is large enough at 7 and 8 tokens to pass on bytes of h,
+and "long" there for more row blocks a group of warps than may wait for u t."""
 MIXED = "mixed"
 CASES = [
     *((shape, bits, 64, torch.bfloat16) for shape in ("ragged", "wide") for bits in BITS),
@@ -151,19 +153,28 @@ def test_against_float64(shape: str, bits: int | str, group_size: int, dtype: to
 
 
 @pytest.mark.parametrize(
-    ("bits", "ranks", "factor_bits", "dtype"),
-    [(3, (32,), 4, torch.bfloat16), (2, (0, 16, 64), 3, torch.float16), (MIXED, (8, 0), 8, torch.bfloat16)],
-)
+    ("shape", "bits", "ranks", "factor_bits", "dtype"),
+    [
+        ("wide", 3, (32,), 4, torch.bfloat16), ("wide", 2, (0, 16, 64), 3, torch.float16),
+        ("wide", MIXED, (8, 0), 8, torch.bfloat16), ("long", 3, (32,), 3, torch.bfloat16),
+        ("long", 2, (0, 16), 3, torch.bfloat16),
+    ],
+)  # fmt: skip
 def test_compensators_against_float64(
-    bits: int | str, ranks: tuple[int, ...], factor_bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    shape: str,
+    bits: int | str,
+    ranks: tuple[int, ...],
+    factor_bits: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(registry.OVERRIDE, "cuda")  # or another implementation could run in the kernels' place
-    made = bank("wide", bits, 64, ranks, factor_bits).cuda()
+    made = bank(shape, bits, 64, ranks, factor_bits).cuda()
     exact, rounded = dense(made, torch.float64), dense(made, dtype)
     with torch.no_grad():
         for tokens in TOKENS:
             for routing in ("usual", "half to nobody"):
-                x, ids, weights = routed("wide", tokens, routing, dtype)
+                x, ids, weights = routed(shape, tokens, routing, dtype)
                 y, what = made(x, ids, weights), f"{tokens} tokens, {routing}"
                 truth = run_experts(x.double(), ids, weights.double(), len(made), exact)
                 check(y, truth, run_experts(x, ids, weights, len(made), rounded), what)

@@ -71,6 +71,29 @@ def test_weights_are_asked_for_early_unless_the_launch_ahead_makes_the_route(
     assert [kernel for kernel, _ in products] == names
 
 
+@pytest.mark.parametrize(("rank", "columns"), [(8, 64), (64, 64), (72, 128)])
+@pytest.mark.parametrize("tokens", [9, 40, 300])
+def test_the_t_of_a_dense_layer_is_added_up_in_float32(
+    launches: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch, tokens: int, rank: int, columns: int
+) -> None:
+    """By clusters, as any dense layer's results, and not by a launch that adds 16 bits; in whole records of u."""
+    rows, outside = bank(HIDDEN, 4096), many.grouped
+    products: list[tuple[RecordBank, tuple[int, ...]]] = []
+    splits = []
+
+    def grouped(mode: str, tile: choose.Tile, stages: int, x: Rows, y: torch.Tensor, of: RecordBank, *others: Any,
+                part: choose.Part, **more: Any) -> None:  # fmt: skip
+        outside(mode)
+        products.append((of, tuple(y.shape)))
+        splits.append(part.splits)
+
+    monkeypatch.setattr(many, "grouped", grouped)
+    x, made = torch.empty(tokens, 4096, dtype=torch.bfloat16), factors(HIDDEN, 4096, rank)
+    many.many_linear(x, x.new_empty(tokens, HIDDEN), HIDDEN, rows, None, made)
+    assert {kernel for kernel, _ in launches} == {"DENSE"} and splits[0] > 1
+    assert products == [(made.v, (tokens, columns)), (rows, (tokens, HIDDEN))]
+
+
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("n", [1, 200, 203])
 def test_results_have_whole_octets_and_leave_without_padding(

@@ -8,6 +8,9 @@ __device__ __forceinline__ const u8* locate(const u8* matrix, int row_block, int
     return matrix + (u64)((row_block / 4 * records + record) * 4 + row_block % 4) * size;
 }
 
+// What of a unit of u can be other than zero: all; its first 32 columns; of gate's rows, 0 to 7, the first 32 and of up's the rest.
+enum Shape { WHOLE, HALF, GATED };
+
 // A unit of u, 16 rows by 64 columns, in registers; t comes in 16 bits: it is new for each row block, and too short to be worth
 // making integers of. The zero of a factor is the middle code, which is taken off the codes, so it needs no sums.
 template <int B> struct FactorUnit {
@@ -23,29 +26,73 @@ template <int B> struct FactorUnit {
         low = *reinterpret_cast<const u32*>(record + 128 * U * B + 4 * (U * (lane / 4) + u));
         high = *reinterpret_cast<const u32*>(record + 128 * U * B + 4 * (U * (lane / 4 + 8) + u));
     }
-    // Codes less the middle one, as A operands of four steps of 16 columns.
-    template <bool BF16> __device__ __forceinline__ void operands(u32 (&a)[16]) const {
+    // Codes less the middle one, as A operands of four steps of 16 columns. Of those that are known to be zero the compiler
+    // drops the work: 4 % of a dense layer of 4096x4096 at four tokens.
+    template <bool BF16, Shape S = WHOLE> __device__ __forceinline__ void operands(u32 (&a)[16]) const {
         using H = Half<BF16>;
         unpack<B, BF16>(words, a);
 #pragma unroll
-        for (int pair = 0; pair < 8; ++pair)
-            if (B < 8 || !BF16) {  // bytes come less 128 in bfloat16
-                const int p = place<B, BF16>(pair);
-                const u32 minus = (0x8000u | (H::exponent(p) + (1u << (B - 1 + p)))) * 0x10001u;
-                a[2 * pair] = H::fma(a[2 * pair], H::ONE, minus);
-                a[2 * pair + 1] = H::fma(a[2 * pair + 1], H::ONE, minus);
-            }
+        for (int i = 0; i < 16; ++i) {
+            const int pair = i / 2, p = place<B, BF16>(pair);
+            const u32 minus = (0x8000u | (H::exponent(p) + (1u << (B - 1 + p)))) * 0x10001u;
+            if (B < 8 || !BF16) a[i] = H::fma(a[i], H::ONE, minus);  // bytes come less 128 in bfloat16
+            if ((S == HALF && pair >= 4) || (S == GATED && pair / 4 != i % 2)) a[i] = 0;
+        }
+    }
+    // c = 16 rows by 8 tokens: 64 columns times t's, of which a lane has columns 8 i + 2 (lane % 4) and the next of token
+    // lane / 4 in b[i].
+    template <bool BF16, Shape S> __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&b)[8]) const {
+        u32 a[16];
+        operands<BF16, S>(a);
+        mma<BF16, false>(c, a, b[0], b[1]);
+#pragma unroll
+        for (int j = 1; j < (S == HALF ? 2 : 4); ++j) mma<BF16, true>(c, a + 4 * j, b[2 * j], b[2 * j + 1]);
+    }
+    // GATED in half as many steps, for four tokens: token i's gate has column 2 i of B, up 2 i + 1, so that gate's results
+    // are c[0] and up's c[3]. A lane has columns 8 i + 2 (lane % 4) of its half of t in b[i].
+    template <bool BF16> __device__ __forceinline__ void multiply_gated(float (&c)[4], const u32 (&b)[4]) const {
+        u32 a[16];
+        operands<BF16, GATED>(a);
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) a[i + 1] = a[8 + i + 1];
+        mma<BF16, false>(c, a, b[0], b[1]);
+        mma<BF16, true>(c, a + 4, b[2], b[3]);
     }
     // Scales of rows lane / 4 and lane / 4 + 8.
     __device__ __forceinline__ float scale(int r) const { return Half<false>::lo(r ? high : low); }
 };
 
-// c = 16 rows by 8 tokens: a's 64 columns times t's, of which a lane has columns 8 i + 2 (lane % 4) and the next of token
-// lane / 4 in b[i].
-template <bool BF16> __device__ __forceinline__ void multiply_unit(float (&c)[4], const u32 (&a)[16], const u32 (&b)[8]) {
-    mma<BF16, false>(c, a, b[0], b[1]);
+// Where column `column` of t lies: a lane's columns of each octet, as products take them, side by side.
+__device__ __forceinline__ int t_place(int column, int columns) {
+    const int width = columns < UNIT ? columns : UNIT;
+    return column / width * width + column % 8 / 2 * (width / 4) + column % width / 8 * 2 + column % 2;
+}
+
+template <bool L1, typename T> __device__ __forceinline__ T load_global(const T* from) { return L1 ? *from : __ldcg(from); }
+
+// A lane's part of unit `unit` of a row of t; null: zeros. Past L1 where that may have an older neighbour of this row.
+template <bool L1> __device__ __forceinline__ void load_t(u32 (&b)[8], const u16* row, int unit, int columns, int lane) {
+    uint4 v[2] = {};
+    if (row) {
+        const int width = columns < UNIT ? columns : UNIT;
+        const u16* from = row + unit * UNIT + lane % 4 * (width / 4);
+        if (width >= 32) v[0] = load_global<L1>(reinterpret_cast<const uint4*>(from));
+        if (width == 64) v[1] = load_global<L1>(reinterpret_cast<const uint4*>(from) + 1);
+        if (width == 16) {
+            v[0].x = load_global<L1>(reinterpret_cast<const u32*>(from));
+            v[0].y = load_global<L1>(reinterpret_cast<const u32*>(from) + 1);
+        }
+        if (width == 8) v[0].x = load_global<L1>(reinterpret_cast<const u32*>(from));
+    }
 #pragma unroll
-    for (int j = 1; j < 4; ++j) mma<BF16, true>(c, a + 4 * j, b[2 * j], b[2 * j + 1]);
+    for (int i = 0; i < 2; ++i) b[4 * i] = v[i].x, b[4 * i + 1] = v[i].y, b[4 * i + 2] = v[i].z, b[4 * i + 3] = v[i].w;
+}
+
+// The same of one half of a row of 64 columns.
+template <bool L1> __device__ __forceinline__ void load_half_t(u32 (&b)[4], const u16* row, int half, int lane) {
+    uint4 v = {};
+    if (row) v = load_global<L1>(reinterpret_cast<const uint4*>(row + lane % 4 * 16) + half);
+    b[0] = v.x, b[1] = v.y, b[2] = v.z, b[3] = v.w;
 }
 
 // Until a counter of what is done of t has come so far.

@@ -43,9 +43,9 @@ struct Arguments {
 struct Compensators {
     const Expert* v;        // [num_experts] rows of t by k; records null: that expert has none
     const Expert* u;        // [num_experts] rows of W by columns of t
-    u16* t;                 // [tokens * slots, columns], v x
+    u16* t;                 // [tokens * slots, columns] in the order of `t_place`, v x
     int* counters;          // {warps that have stored t, blocks that have ended}; both 0 between launches
-    int columns;            // of t, a multiple of 8
+    int columns;            // of t: 8, 16, 32 or a multiple of 64
     int v_row_blocks, v_records, u_records;
 };
 
@@ -54,6 +54,8 @@ constexpr int MAX_TOKENS = 8;
 constexpr int MAX_PAIRS = 64;  // of several tokens
 constexpr int MAX_EXPERTS = 512;
 constexpr int MAX_SEGMENTS = 16;  // of 64 results of gate and up that a block makes bytes of
+constexpr int PENDING = 5;        // row blocks of a group that wait for u t
+constexpr int GEMV_STATIC = 41984;  // shared bytes that no instance declares more of
 
 // ---- who runs -----------------------------------------------------------------------------------------------------
 
@@ -449,7 +451,7 @@ __device__ void finish_t(const Compensators& f, const Active<NT>& active, const 
     for (int i = part * WARP + lane; i < ROWS * NT; i += STORING * WARP) {
         const int row = i % ROWS, token = i / ROWS, pair = active.pair[slot][token], column = row_block * ROWS + row;
         const float sum = add_parts<COLUMNS, WARPS>(parts, token, row);
-        if (pair >= 0 && column < f.columns) f.t[pair * f.columns + column] = round16<BF16>(sum);
+        if (pair >= 0 && column < f.columns) f.t[pair * f.columns + t_place(column, f.columns)] = round16<BF16>(sum);
     }
     __syncwarp();
     if (lane == 0) {
@@ -458,16 +460,48 @@ __device__ void finish_t(const Compensators& f, const Active<NT>& active, const 
     }
 }
 
-// A row of t as a B operand. Nobody on this multiprocessor has read it before it was complete: L1 has nothing stale.
-__device__ __forceinline__ void load_t(u32 (&b)[8], const u16* row, int column, int columns, int lane) {
-#pragma unroll
-    for (int octet = 0; octet < 8; ++octet) {
-        b[octet] = 0;
-        const int at = column + 8 * octet;
-        const u16* from = row + at + 2 * (lane % 4);
-        if (row && at < columns) asm volatile("ld.global.u32 %0, [%1];" : "=r"(b[octet]) : "l"(from) : "memory");
+// u t of one row block and of one expert's tokens.
+template <int FB, int FU, int NT, bool BF16, int MODE> struct Correction {
+    static constexpr int UNITS = FU > 0 ? FU : 1;  // of a record
+    using Unit = FactorUnit<FB ? FB : 1>;
+    static constexpr u32 BYTES = Record<UNITS, UNIT>::bytes(FB);
+    const Compensators& f;
+    const Active<NT>& active;
+
+    __device__ const u8* record(int slot, int row_block, int i) const {
+        return locate(active.u[slot], row_block, i / UNITS, f.u_records, BYTES);
     }
-}
+    __device__ void load(Unit& unit, int slot, int row_block, int i, int lane) const {
+        unit.template load<UNITS>(record(slot, row_block, i), i % UNITS, lane);
+    }
+    __device__ const u16* row(int slot, int lane) const {  // of t; L1 has nothing older, because `await_count` acquires
+        const int pair = active.pair[slot][NT == 1 ? 0 : lane / 8];
+        return pair < 0 ? nullptr : f.t + pair * f.columns;
+    }
+    __device__ void prefetch(int slot, int row_block, int lane) const {
+        if (128 * lane < BYTES) asm volatile("prefetch.global.L2 [%0];" ::"l"(record(slot, row_block, 0) + 128 * lane));
+    }
+    // part += u t, of rows lane / 4 and lane / 4 + 8 and of token lane % 4; the first unit is in `unit`.
+    __device__ __forceinline__ void add(float (&part)[2], Unit& unit, int slot, int row_block, int lane) const {
+        const u16* t = row(slot, lane);
+        float c[4];
+        if (MODE == GATE_UP && f.columns == UNIT) {
+            u32 b[4];
+            load_half_t<true>(b, t, lane / 4 % 2, lane);
+            unit.template multiply_gated<BF16>(c, b);
+            part[0] = fmaf(unit.scale(0), c[0], part[0]), part[1] = fmaf(unit.scale(1), c[3], part[1]);
+            return;
+        }
+        for (int i = 0; i < f.u_records * UNITS; ++i) {
+            u32 b[8];
+            if (i > 0) load(unit, slot, row_block, i, lane);
+            load_t<true>(b, t, i, f.columns, lane);
+            if (f.columns <= UNIT / 2) unit.template multiply<BF16, HALF>(c, b);
+            else unit.template multiply<BF16, WHOLE>(c, b);
+            part[0] = fmaf(unit.scale(0), c[0], part[0]), part[1] = fmaf(unit.scale(1), c[2], part[1]);
+        }
+    }
+};
 
 // A warp's sums of one row block into its part of its group's buffer.
 template <int NT> __device__ __forceinline__ void put_part(float* part, const float (&y)[2], int lane) {
@@ -483,7 +517,6 @@ template <int B, int MAX_B, int U, int G, bool BF16, int NT, int MODE, int WARPS
 __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p, const Compensators f) {
     constexpr int SEGMENTS = Record<U, G>::SEGMENTS;
     constexpr bool FACTORS = FB > 0;
-    constexpr int U_UNITS = FU > 0 ? FU : 1;
     // several tokens' results of experts are added up by token, in the warp's part of the buffer instead of in registers
     constexpr bool SCATTERS = NT > 1 && MODE == DOWN;
     constexpr int PARTS = SCATTERS ? MAX_TOKENS : NT;       // columns or tokens of a part
@@ -494,7 +527,12 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     __shared__ Active<NT> active;
     __shared__ float all_parts[GROUPS][2][WARPS * PARTS * ROWS];
     constexpr bool PASSES = MODE == GATE_UP && NT > 1 && GROUPS == 8;
+    // Where gate and up have several tokens, u t of up to PENDING turns is added after them, each by a warp of its own: waiting for
+    // t, and a trip to memory at the end of each turn, took 3 of 49 us for Qwen3's eight tokens.
+    constexpr bool DEFERS = FACTORS && MODE == GATE_UP && NT > 1;
+    __shared__ float pending[DEFERS ? GROUPS : 1][DEFERS ? PENDING : 1][NT * ROWS];
     __shared__ Segment<NT> segments[PASSES ? MAX_SEGMENTS : 1];  // of this block, in the order of their turns
+    static_assert(sizeof(active) + sizeof(all_parts) + sizeof(pending) + sizeof(segments) <= GEMV_STATIC, "launches count on it");
     // by a shuffle: the same for the whole warp, so addresses of rings and records can live in uniform registers
     const int lane = threadIdx.x % WARP, any_warp = __shfl_sync(~0u, threadIdx.x / WARP, 0);
     const int warp = any_warp % WARPS, group = any_warp / WARPS;
@@ -546,8 +584,8 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         if (ahead.next_record(p, steps)) find_row();
     };
     find_row();
-    // row blocks of t go to groups that have fewer of their own
-    int item = blockIdx.x + (GROUPS - 1 - group) * gridDim.x;
+    // row blocks of t go to groups that have fewer of their own; with whole segments, to blocks that do
+    int item = PASSES && p.passed.bytes ? blockIdx.x * GROUPS + group : blockIdx.x + (GROUPS - 1 - group) * gridDim.x;
     const int items = FACTORS ? active.compensated_count * f.v_row_blocks : 0;
     int v_slot = 0, v_row_block = 0, v_record = 0;
     auto fetch_v = [&] {
@@ -620,8 +658,34 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         }
     }
 
+    const Correction<FB, FU, NT, BF16, MODE> correction = {f, active};
+    typename Correction<FB, FU, NT, BF16, MODE>::Unit unit;
     bool t_is_there = false;
+    auto await_t = [&] {
+        if (!t_is_there) await_count(f.counters, STORING * items, lane), t_is_there = true;
+    };
+    const bool passes = PASSES && p.passed.bytes;
     Segment<NT>* segment = segments;
+    int waiting = 0;  // row blocks, from `late` on
+    Cursor<WARPS, MODE> late = here;
+    auto add_late = [&] {
+        named_barrier(1 + group, WARPS * WARP);
+        for (int i = 0; i < waiting; ++i, ++segment, late.next_row(p, steps, stride, warp)) {
+            if (i % WARPS != warp) continue;
+            float *sums = pending[group][i], part[2] = {};
+            if (active.u[late.slot]) {
+                correction.load(unit, late.slot, late.row_block, 0, lane);
+                await_t();
+                correction.add(part, unit, late.slot, late.row_block, lane);
+                sums[lane % 4 * ROWS + lane / 4] += part[0], sums[lane % 4 * ROWS + lane / 4 + 8] += part[1];
+                __syncwarp();
+            }
+            if constexpr (PASSES)
+                if (passes) pass_row<G, BF16, NT, 1>(p, active, sums, *segment, late.slot, late.row_block, lane);
+            if (!passes) finish_row<BF16, NT, NT, MODE, 1, 1>(p, active, sums, late.slot, late.row_block, 0, lane);
+        }
+        waiting = 0;
+    };
     for (; !here.done(p, count); ++turn) {
         const int row_block = here.row_block, row_slot = here.slot;
         const u32 row_x = x_of(row_slot, 0), row_sums = sums_of(row_slot, 0);
@@ -631,17 +695,14 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             for (int i = 0; i < PARTS * ROWS / WARP; ++i) own[i * WARP + lane] = 0.f;
             __syncwarp();
         }
-        // u t: of gate and up by the last warp, which has the fewest columns, of down's experts by one warp each; asked for
-        // here and multiplied at the end
-        FactorUnit<FACTORS ? FB : 1> unit;
-        int compensated = MODE == GATE_UP ? (warp == WARPS - 1 ? row_slot : count) : warp;
-        auto load_unit = [&](int i) {
-            const u8* u = active.u[compensated];
-            u = locate(u, row_block, i / U_UNITS, f.u_records, Record<U_UNITS, UNIT>::bytes(FB));
-            unit.template load<U_UNITS>(u, i % U_UNITS, lane);
-        };
+        // u t: of one expert by the last warp, which has the fewest columns, of down's by one warp each; asked for here and
+        // multiplied at the end
+        int compensated = MODE == DOWN ? warp : warp == WARPS - 1 ? row_slot : count;
         if constexpr (FACTORS)
-            if (compensated < count && active.u[compensated]) load_unit(0);
+            if (compensated < count && active.u[compensated]) {
+                if constexpr (DEFERS) correction.prefetch(compensated, row_block, lane);
+                else correction.load(unit, compensated, row_block, 0, lane);
+            }
         while (!here.at_end_of_row(p, count)) {
             fetch_next();
             ring.wait();
@@ -657,33 +718,29 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
                 for (int i = 0; i < 2; ++i) y[i] = MODE == DOWN ? fmaf(active.weight[here.slot][0], part[i], y[i]) : y[i] + part[i];
             here.next_record(p, steps);
         }
-        if constexpr (FACTORS) {
-            for (bool loaded = true; compensated < count; compensated += MODE == GATE_UP ? count : WARPS, loaded = false) {
+        if constexpr (FACTORS && !DEFERS) {
+            for (bool loaded = true; compensated < count; compensated += MODE == DOWN ? WARPS : count, loaded = false) {
                 if (!active.u[compensated]) continue;
-                if (!t_is_there) await_count(f.counters, STORING * items, lane), t_is_there = true;
-                const int pair = active.pair[compensated][NT == 1 ? 0 : lane / 8];
-                const u16* t = pair < 0 ? nullptr : f.t + pair * f.columns;
+                await_t();
                 float part[2] = {};
-                for (int i = 0; i < f.u_records * U_UNITS; ++i) {
-                    u32 b[8];
-                    if (i > 0 || !loaded) load_unit(i);
-                    load_t(b, t, i * UNIT, f.columns, lane);
-                    u32 a[16];
-                    float c[4];
-                    unit.template operands<BF16>(a);
-                    multiply_unit<BF16>(c, a, b);
-                    part[0] = fmaf(unit.scale(0), c[0], part[0]), part[1] = fmaf(unit.scale(1), c[2], part[1]);
-                }
+                if (!loaded) correction.load(unit, compensated, row_block, 0, lane);
+                correction.add(part, unit, compensated, row_block, lane);
                 if constexpr (SCATTERS) scatter(own, compensated, part);
                 else
 #pragma unroll
-                    for (int i = 0; i < 2; ++i)
-                        y[i] = fmaf(MODE == DOWN ? active.weight[compensated][0] : 1.f, part[i], y[i]);
+                    for (int i = 0; i < 2; ++i) y[i] = fmaf(MODE == DOWN ? active.weight[compensated][0] : 1.f, part[i], y[i]);
             }
         }
         if constexpr (!SCATTERS) put_part<NT>(own, y, lane);
         named_barrier(1 + group, WARPS * WARP);
-        const bool passes = PASSES && p.passed.bytes;
+        if constexpr (DEFERS) {
+            if (storing() == 0)
+                for (int i = lane; i < NT * ROWS; i += WARP)
+                    pending[group][waiting][i] = add_parts<NT, WARPS>(parts[turn % 2], i / ROWS, i % ROWS);
+            here.next_row(p, steps, stride, warp);
+            if (++waiting == PENDING || here.done(p, count)) add_late();
+            continue;
+        }
         if constexpr (PASSES)
             if (passes && storing() == 0)
                 pass_row<G, BF16, NT, WARPS>(p, active, parts[turn % 2], *segment, row_slot, row_block, lane);

@@ -43,28 +43,6 @@ template <int FB, int FU, bool BF16, int MI> struct Added {
     }
 };
 
-// Where column `column` of t lies: a lane's columns of each octet, as products take them, side by side.
-__device__ __forceinline__ int t_place(int column, int columns) {
-    const int width = columns < UNIT ? columns : UNIT;
-    return column / width * width + column % 8 / 2 * (width / 4) + column % width / 8 * 2 + column % 2;
-}
-
-// A lane's part of unit `unit` of a row of t; null: zeros. Past L1, which may have an older neighbour of this row.
-__device__ __forceinline__ void load_t(u32 (&b)[8], const u16* row, int unit, int columns, int lane) {
-    uint4 v[2] = {};
-    if (row) {
-        const int width = columns < UNIT ? columns : UNIT;
-        const u16* from = row + unit * UNIT + lane % 4 * (width / 4);
-        if (width >= 32) v[0] = __ldcg(reinterpret_cast<const uint4*>(from));
-        if (width == 64) v[1] = __ldcg(reinterpret_cast<const uint4*>(from) + 1);
-        if (width == 16)
-            v[0].x = __ldcg(reinterpret_cast<const u32*>(from)), v[0].y = __ldcg(reinterpret_cast<const u32*>(from) + 1);
-        if (width == 8) v[0].x = __ldcg(reinterpret_cast<const u32*>(from));
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) b[4 * i] = v[i].x, b[4 * i + 1] = v[i].y, b[4 * i + 2] = v[i].z, b[4 * i + 3] = v[i].w;
-}
-
 // u t for a row block and a tile of 8 tokens. What a first unit takes is asked for before W's products: one trip to memory a
 // tile was 5 % of Mixtral's time at 8 tokens.
 template <int FB, int FU, bool BF16> struct Compensator {
@@ -77,7 +55,9 @@ template <int FB, int FU, bool BF16> struct Compensator {
     __device__ __forceinline__ void load_unit(const Compensators& f, int i, int lane) {
         load_u<FB, FU>(unit, f, u, i, row_block, lane);
     }
-    __device__ __forceinline__ void load_row(const Compensators& f, int i, int lane) { load_t(t, row, i, f.columns, lane); }
+    __device__ __forceinline__ void load_row(const Compensators& f, int i, int lane) {
+        load_t<false>(t, row, i, f.columns, lane);
+    }
 
     __device__ __forceinline__ void begin(const Compensators& f, const Work& work, int row_block, bool t_is_there, int lane) {
         u = work.u;
@@ -88,11 +68,10 @@ template <int FB, int FU, bool BF16> struct Compensator {
     }
     __device__ __forceinline__ void add(float (&y)[4], const Compensators& f, int lane) {
         for (int i = 0; i < (f.columns + UNIT - 1) / UNIT; ++i) {
-            u32 a[16];
             float c[4];
             if (i > 0) load_unit(f, i, lane), load_row(f, i, lane);
-            unit.template operands<BF16>(a);
-            multiply_unit<BF16>(c, a, t);
+            if (f.columns <= UNIT / 2) unit.template multiply<BF16, HALF>(c, t);
+            else unit.template multiply<BF16, WHOLE>(c, t);
 #pragma unroll
             for (int e = 0; e < 4; ++e) y[e] = fmaf(unit.scale(e / 2), c[e], y[e]);
         }
