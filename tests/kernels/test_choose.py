@@ -209,7 +209,7 @@ def test_bytes_are_passed_on_in_segments_of_one_size(up: int, down: int, passes:
 @pytest.mark.parametrize("name", ["MAX_TOKENS", "MAX_PAIRS", "MAX_SEGMENTS", "GEMV_STATIC"])
 def test_the_kernel_has_room_for_what_is_chosen(name: str) -> None:
     """Of shared memory, in arrays of a size that the source says once more."""
-    source = resources.files("moepress.kernels.cuda").joinpath("gemv.cu").read_text()
+    source = resources.files("moepress.kernels.cuda").joinpath("gemv_active.cuh").read_text()
     assert re.findall(rf"^constexpr int {name} = (\d+);", source, re.MULTILINE) == [str(getattr(choose, name))]
 
 

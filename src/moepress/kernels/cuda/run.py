@@ -129,11 +129,18 @@ def warm(linears: Sequence[Layouts], banks: Sequence[Ranked], dtype: torch.dtype
 
     `linears` are layouts of dense layers: of the weight, and of v and u where it has a compensator.
     """
-    instances = _Instances(dtype, processors_of(device.index), shared_bytes_of(device.index))
-    requests = {each for layouts in linears for each in instances.linear(layouts)}
-    requests |= {each for bank in banks for each in instances.experts(*bank)}
+    needed = kernels_of(linears, banks, dtype, processors_of(device.index), shared_bytes_of(device.index))
     arch = architecture(device)
-    return compile_all(Request(source, instance, arch) for source, instance in sorted(requests))
+    return compile_all(Request(source, instance, arch) for source, instance in needed)
+
+
+def kernels_of(
+    linears: Sequence[Layouts], banks: Sequence[Ranked], dtype: torch.dtype, processors: int, shared: int
+) -> list[tuple[str, str]]:
+    """Source and instance of all that these layers can need, on a GPU whose blocks may have `shared` bytes."""
+    instances = _Instances(dtype, processors, shared)
+    found = {each for layouts in linears for each in instances.linear(layouts)}
+    return sorted(found | {each for bank in banks for each in instances.experts(*bank)})
 
 
 Instances = Iterator[tuple[str, str]]
@@ -184,4 +191,4 @@ class _Instances:
                 return
 
 
-__all__ = ["Factors", "RecordBank", "experts", "linear", "warm", "why_not_experts", "why_not_linear"]
+__all__ = ["Factors", "RecordBank", "experts", "kernels_of", "linear", "warm", "why_not_experts", "why_not_linear"]
