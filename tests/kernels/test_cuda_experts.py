@@ -13,7 +13,9 @@ from moepress.format.manifest import BankEntry
 from moepress.format.packing import pack_codes
 from moepress.format.spec import BITS, GROUP_SIZES, WeightSpec
 from moepress.kernels import registry
+from moepress.kernels.cuda import choose
 from moepress.kernels.experts.reference import run_experts
+from moepress.kernels.records import RecordLayout
 from moepress.runtime.experts import ExpertBank
 from moepress.runtime.stored import StoredParts
 
@@ -23,9 +25,10 @@ pytestmark = [
 ]
 TOKENS = (1, 2, 4, 7, 8, 9, 33, 130, 600)
 SHAPES = {"ragged": (6, 2, 136, 40), "many": (64, 8, 256, 72), "wide": (8, 4, 512, 640), "one": (4, 1, 64, 200),
-          "long": (24, 8, 128, 2048)}  # fmt: skip
-"""Experts, chosen for a token, hidden, intermediate. "wide" is large enough at 7 and 8 tokens to pass on bytes of h,
-and "long" there for more row blocks a group of warps than may wait for u t."""
+          "long": (128, 8, 128, 896), "low": (16, 2, 128, 160), "tall": (6, 4, 5120, 640)}  # fmt: skip
+"""Experts, chosen for a token, hidden, intermediate. "wide" is large enough at 7 and 8 tokens to pass on bytes of h;
+"long" and, without passing on, "tall" have more row blocks a group of warps at 8 than may wait for u t; "low" has
+teams of 32, 16 and 8 warps at 2, 4 and 7 tokens, and "tall" those of 24, where inputs take much of the memory."""
 MIXED = "mixed"
 CASES = [
     *((shape, bits, 64, torch.bfloat16) for shape in ("ragged", "wide") for bits in BITS),
@@ -157,7 +160,8 @@ def test_against_float64(shape: str, bits: int | str, group_size: int, dtype: to
     [
         ("wide", 3, (32,), 4, torch.bfloat16), ("wide", 2, (0, 16, 64), 3, torch.float16),
         ("wide", MIXED, (8, 0), 8, torch.bfloat16), ("long", 3, (32,), 3, torch.bfloat16),
-        ("long", 2, (0, 16), 3, torch.bfloat16),
+        ("long", 2, (0, 16), 3, torch.bfloat16), ("low", 3, (32, 0), 8, torch.bfloat16),
+        ("low", 4, (32, 16), 3, torch.float16), ("tall", 3, (32,), 4, torch.float16),
     ],
 )  # fmt: skip
 def test_compensators_against_float64(
@@ -169,6 +173,8 @@ def test_compensators_against_float64(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(registry.OVERRIDE, "cuda")  # or another implementation could run in the kernels' place
+    if shape in ("long", "tall"):
+        assert row_blocks_of_a_group(shape, int(bits), 8) > choose.PENDING, "these are to be tested"
     made = bank(shape, bits, 64, ranks, factor_bits).cuda()
     exact, rounded = dense(made, torch.float64), dense(made, dtype)
     with torch.no_grad():
@@ -180,6 +186,19 @@ def test_compensators_against_float64(
                 check(y, truth, run_experts(x, ids, weights, len(made), rounded), what)
                 assert torch.equal(made(x, ids, weights), y), f"{what}: not bitwise repeatable"
     assert made.is_packed
+
+
+def row_blocks_of_a_group(shape: str, bits: int, tokens: int) -> float:
+    """Of gate and up in `gemv`, on average; an expert is run once for each four of its tokens."""
+    from moepress.kernels.cuda.functions import processors_of, shared_bytes_of
+
+    _, chosen, hidden, inner = SHAPES[shape]
+    counts = routed(shape, tokens, "usual", torch.bfloat16)[1].flatten().bincount()
+    gate_up, down = (choose.Bank((RecordLayout(*each, bits, 64),)) for each in ((2 * inner, hidden), (hidden, inner)))
+    given = None, tokens, chosen, processors_of(0), shared_bytes_of(0) - choose.GEMV_STATIC
+    team = choose.gemv_candidates("GATE_UP", gate_up, *given)[0]
+    assert choose.gemv_candidates("DOWN", down, *given), "else another kernel runs"
+    return int((-(-counts // 4)).sum()) * gate_up.row_blocks / (processors_of(0) * team.groups)
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 8])
@@ -243,7 +262,7 @@ def test_packing_frees_the_parts() -> None:
     assert requested() - before < 1 << 16
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 40, 180])
+@pytest.mark.parametrize("tokens", [1, 5, 8, 40, 180])
 @pytest.mark.parametrize(("shape", "width", "rank"), [("ragged", MIXED, 0), ("wide", 3, 32)])
 def test_graphs_replay_with_new_inputs_and_routing(shape: str, width: int | str, rank: int, tokens: int) -> None:
     """Launches of a replay overlap: one that asked for the route too early would find that of the replay before."""

@@ -78,20 +78,25 @@ def test_the_t_of_a_dense_layer_is_added_up_in_float32(
 ) -> None:
     """By clusters, as any dense layer's results, and not by a launch that adds 16 bits; in whole records of u."""
     rows, outside = bank(HIDDEN, 4096), many.grouped
-    products: list[tuple[RecordBank, tuple[int, ...]]] = []
-    splits = []
+    products: list[tuple[RecordBank, int, tuple[int, ...]]] = []
+    splits: list[int] = []
+    results: list[torch.Tensor] = []
+    sums: list[many.Added | None] = []
 
-    def grouped(mode: str, tile: choose.Tile, stages: int, x: Rows, y: torch.Tensor, of: RecordBank, *others: Any,
-                part: choose.Part, **more: Any) -> None:  # fmt: skip
+    def grouped(mode: str, tile: choose.Tile, stages: int, x: Rows, y: torch.Tensor, of: RecordBank, columns: int,
+                tokens: int, *, part: choose.Part, added: many.Added | None, bias: None) -> None:  # fmt: skip
         outside(mode)
-        products.append((of, tuple(y.shape)))
+        products.append((of, columns, tuple(y.shape)))
         splits.append(part.splits)
+        results.append(y)
+        sums.append(added)
 
     monkeypatch.setattr(many, "grouped", grouped)
     x, made = torch.empty(tokens, 4096, dtype=torch.bfloat16), factors(HIDDEN, 4096, rank)
     many.many_linear(x, x.new_empty(tokens, HIDDEN), HIDDEN, rows, None, made)
     assert {kernel for kernel, _ in launches} == {"DENSE"} and splits[0] > 1
-    assert products == [(made.v, (tokens, columns)), (rows, (tokens, HIDDEN))]
+    assert products == [(made.v, columns, (tokens, columns)), (rows, HIDDEN, (tokens, HIDDEN))]
+    assert sums[0] is None and sums[1] is not None and sums[1].t is results[0]
 
 
 @pytest.mark.parametrize("tokens", [1, 5])

@@ -26,6 +26,8 @@ MAX_TOKENS, MAX_PAIRS = 8, 64
 """Most tokens of a launch of `gemv`, and most pairs of token and expert where tokens are several."""
 MAX_SEGMENTS = 16
 """Segments of 64 results that a block of `gemv` makes bytes of, at most."""
+PENDING = 5
+"""Row blocks of gate and up of which a group of `gemv`'s warps adds u t together, where tokens are several."""
 EXAMPLES = 2, 8, 16, 24, 64, 160, 257
 """Numbers of tokens, on average of an expert, that ask for every best tile there is."""
 MOST_TOKENS = 1 << 15
@@ -161,6 +163,23 @@ def gemv_room(mode: Mode, bank: Bank, ranks: Ranks | None, tokens: int, slots: i
     words = bank.units * 32 + gemv_row_sums(bank, tokens)
     record = max(bank.record_bytes, ranks.v_record_bytes if ranks else 0)
     return Room(_up(4 * rows * words, 16), team.warps * team.groups * (record + 8))
+
+
+def gemv_candidates(
+    mode: Mode, bank: Bank, ranks: Ranks | None, tokens: int, slots: int, processors: int, shared: int
+) -> Sequence[Team]:
+    """Teams of which one runs, best first: those that may fit into `shared` bytes, up to the first that does so surely.
+
+    Which does so depends on what its kernel declares, which only the compiled one tells.
+    """
+    found = []
+    for team in gemv_teams(mode, bank, tokens, slots, processors):
+        room = gemv_room(mode, bank, ranks, tokens, slots, team)
+        if room.stages(shared):
+            found.append(team)
+        if room.stages(shared - GEMV_STATIC):
+            break
+    return found
 
 
 def gemv_row_sums(bank: Bank, tokens: int) -> int:

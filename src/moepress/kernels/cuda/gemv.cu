@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     constexpr bool DEFERS = FACTORS && MODE == GATE_UP && NT > 1;
     __shared__ float pending[DEFERS ? GROUPS : 1][DEFERS ? PENDING : 1][NT * ROWS];
     __shared__ Segment<NT> segments[PASSES ? MAX_SEGMENTS : 1];  // of this block, in the order of their turns
-    static_assert(sizeof(active) + sizeof(all_parts) + sizeof(pending) + sizeof(segments) <= GEMV_STATIC, "launches count on it");
+    static_assert(sizeof(active) + sizeof(all_parts) + sizeof(pending) + sizeof(segments) + 1024 <= GEMV_STATIC,
+                  "launches count on it, with what the system has");
     // by a shuffle: the same for the whole warp, so addresses of rings and records can live in uniform registers
     const int lane = threadIdx.x % WARP, any_warp = __shfl_sync(~0u, threadIdx.x / WARP, 0);
     const int warp = any_warp % WARPS, group = any_warp / WARPS;
@@ -192,6 +193,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             if constexpr (PASSES)
                 if (passes) pass_row<G, BF16, NT, 1>(p, active, sums, *segment, late.slot, late.row_block, lane);
             if (!passes) finish_row<BF16, NT, NT, MODE, 1, 1>(p, active, sums, late.slot, late.row_block, 0, lane);
+            __syncwarp();  // lanes without a token are ahead, and products take all lanes
         }
         waiting = 0;
     };

@@ -29,7 +29,7 @@ template <int FB, int FU, int NT, bool BF16, int MODE> struct Correction {
     __device__ __forceinline__ void add(float (&part)[2], Unit& unit, int slot, int row_block, int lane) const {
         const u16* t = row(slot, lane);
         float c[4];
-        if (MODE == GATE_UP && f.columns == UNIT) {
+        if (MODE == GATE_UP && f.columns == UNIT) {  // rank 32; u is zero elsewhere (factors.py)
             u32 b[4];
             load_half_t<true>(b, t, lane / 4 % 2, lane);
             unit.template multiply_gated<BF16>(c, b);

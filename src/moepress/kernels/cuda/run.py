@@ -184,11 +184,8 @@ class _Instances:
     def _few(
         self, mode: choose.Mode, bank: choose.Bank, ranks: choose.Ranks | None, tokens: int, slots: int
     ) -> Instances:
-        for team in choose.gemv_teams(mode, bank, tokens, slots, self.processors):
-            room = choose.gemv_room(mode, bank, ranks, tokens, slots, team)
-            if room.stages(self.shared - choose.GEMV_STATIC):
-                yield "gemv.cu", gemv_instance(mode, bank, ranks, self.dtype, tokens, team)
-                return
+        for team in choose.gemv_candidates(mode, bank, ranks, tokens, slots, self.processors, self.shared):
+            yield "gemv.cu", gemv_instance(mode, bank, ranks, self.dtype, tokens, team)
 
 
 __all__ = ["Factors", "RecordBank", "experts", "kernels_of", "linear", "warm", "why_not_experts", "why_not_linear"]
