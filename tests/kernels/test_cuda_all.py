@@ -28,11 +28,12 @@ pytestmark = [
 ]
 DEVICE = torch.device("cuda", 0)
 TOKENS = (1, 3, 8, 9, 40, 130, 300)
-"""One for each body of a layer of experts; of the dense layer tiles of 32 to 128 tokens, by clusters."""
+"""One for each body of a layer of experts; of the dense layer tiles of 32 to 128 tokens, by clusters. The last shape of
+experts has more row blocks at 8 tokens than wait for compensators at a time."""
 
 
 @pytest.mark.parametrize("rank", [0, 32])
-@pytest.mark.parametrize("shape", [(6, 2, 136, 40), (8, 4, 512, 640)])
+@pytest.mark.parametrize("shape", [(6, 2, 136, 40), (8, 4, 512, 640), (128, 8, 128, 896)])
 def test_experts(shape: tuple[int, ...], rank: int) -> None:
     for tokens in TOKENS:
         problem = Problem("moe", shape, tokens, rank=rank if shape[2] % 64 == 0 else 0)
