@@ -99,6 +99,35 @@ def test_the_t_of_a_dense_layer_is_added_up_in_float32(
     assert sums[0] is None and sums[1] is not None and sums[1].t is results[0]
 
 
+@pytest.mark.parametrize("rank", [0, 8, 32, 72])
+@pytest.mark.parametrize("shape", [(256, 4096), (8500, 1024), (4096, 14336)])
+def test_what_a_dense_layer_launches_is_compiled_beforehand(
+    launches: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], rank: int
+) -> None:
+    """Its own kernels and those of its v, for any number of tokens."""
+    found = set()
+
+    def grouped(mode: choose.Mode, tile: choose.Tile, stages: int, x: Rows, y: torch.Tensor, of: RecordBank, *_: Any,
+                added: many.Added | None, **others: Any) -> None:  # fmt: skip
+        ranks = added and added.factors.ranks
+        found.add(("grouped.cu", many.grouped_instance(mode, of.shape, torch.bfloat16, tile, ranks)))
+
+    def prepare(x: torch.Tensor, of: RecordBank, rows: int, *, zeros: Any, **made: bool) -> Rows:
+        found.add(("route.cu", many.rows_instance("prepare_rows", of.shape, torch.bfloat16)))
+        return Rows.empty(x, rows, of, **made)
+
+    monkeypatch.setattr(many, "grouped", grouped)
+    monkeypatch.setattr(many, "prepare", prepare)
+    weight, made = bank(*shape), factors(*shape, rank) if rank else None
+    layouts = [weight.layouts[0], *((made.v.layouts[0], made.u.layouts[0]) if made else ())]
+    compiled = run.kernels_of([layouts], [], torch.bfloat16, 132, choose.HOPPER)
+    for tokens in (*range(2, 300, 7), 512, 600, 1024, 2000, 4096):
+        x = torch.empty(tokens, shape[1], dtype=torch.bfloat16, device="meta")
+        many.many_linear(x, x.new_empty(tokens, -(-shape[0] // 8) * 8), shape[0], weight, None, made)
+    assert found <= set(compiled) and len(found) > 4
+    assert not any("PLAIN" in instance or "combine" in instance for _, instance in compiled), "for experts alone"
+
+
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("n", [1, 200, 203])
 def test_results_have_whole_octets_and_leave_without_padding(

@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             __syncwarp();
         }
         // u t: of one expert by the last warp, which has the fewest columns, of down's by one warp each; asked for here and
-        // multiplied at the end
+        // multiplied at the end, or later where it DEFERS
         int compensated = MODE == DOWN ? warp : warp == WARPS - 1 ? row_slot : count;
         if constexpr (FACTORS)
             if (compensated < count && active.u[compensated]) {

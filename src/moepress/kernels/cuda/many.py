@@ -164,7 +164,6 @@ def dense_instances(
 ) -> Iterator[tuple[str, str]]:
     """The same of a dense layer of several tokens, and of its v, which is one as well."""
     yield "route.cu", rows_instance("prepare_rows", bank, dtype)
-    yield "route.cu", f"combine<{is_bf16(dtype)}>"
     for tile in choose.every_dense_tile(bank, processors):
         yield "grouped.cu", grouped_instance("DENSE", bank, dtype, tile, _ranks(factors))
     if factors:
