@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from moepress.kernels.cuda import choose
-from moepress.kernels.cuda.bank import Factors, RecordBank, structure
+from moepress.kernels.cuda.bank import BankArgument, Factors, RecordBank, structure
 from moepress.kernels.cuda.functions import address, find_kernel, is_bf16, processors_of, shared_bytes_of
 from moepress.kernels.cuda.launch import Function
 
@@ -18,7 +19,14 @@ _Arguments = structure(
     "_Arguments", "x y bias passed_bytes passed_sums", "ids weights",
     "ids_wide weights_wide tokens slots num_experts n k records row_blocks stages",
 )  # fmt: skip
-_Compensators = structure("_Compensators", "v u t counters", "", "columns v_row_blocks v_records u_records")
+
+
+class _Compensators(ctypes.Structure):
+    _fields_ = (
+        ("v", BankArgument), ("u", BankArgument), ("t", ctypes.c_void_p), ("counters", ctypes.c_void_p),
+        ("others", ctypes.c_void_p), ("columns", ctypes.c_int), ("v_row_blocks", ctypes.c_int),
+        ("v_records", ctypes.c_int), ("u_records", ctypes.c_int),
+    )  # fmt: skip
 
 
 class _Passed(NamedTuple):
@@ -44,7 +52,7 @@ def few_linear(
     """x [1, K] (W + u v)^T (+ bias) into y [1, N]; False, and no launch, where x needs too much shared memory."""
     if not (plan := _plan("DENSE", bank.shape, factors and _ranks(factors), x.dtype, 1, 1, x.device.index)):
         return False
-    _launch(plan, x, y, bank, factors, None, None, 1, 1, y.shape[1], bias)
+    _launch(plan, x, y, bank, _compensators(x, 1, factors), None, None, 1, 1, y.shape[1], bias)
     return True
 
 
@@ -80,8 +88,13 @@ def few_experts(
         sums = torch.empty(-(-pairs * floats // 4) * 4, dtype=torch.float32, device=x.device)
         passed = _Passed(x.new_empty(pairs, 64 * down.shape.units), sums)
     h = passed.bytes if passed else x.new_empty(pairs, intermediate)
-    _launch(plans[0], x, h, gate_up, gate_up_factors, ids, None, tokens, slots, intermediate, passed=passed)
-    _launch(plans[1], h, y, down, down_factors, ids, weights, tokens, slots, x.shape[1], passed=passed)
+    # all that needs memory before the first launch: each half resets counters for the other
+    compensators = [
+        _compensators(x, pairs, own, other)
+        for own, other in ((gate_up_factors, down_factors), (down_factors, gate_up_factors))
+    ]
+    _launch(plans[0], x, h, gate_up, compensators[0], ids, None, tokens, slots, intermediate, passed=passed)
+    _launch(plans[1], h, y, down, compensators[1], ids, weights, tokens, slots, x.shape[1], passed=passed)
     return True
 
 
@@ -118,7 +131,7 @@ def _launch(
     x: torch.Tensor,
     y: torch.Tensor,
     bank: RecordBank,
-    factors: Factors | None,
+    compensators: _Compensators,
     ids: torch.Tensor | None,
     weights: torch.Tensor | None,
     tokens: int,
@@ -135,19 +148,27 @@ def _launch(
         tokens, slots, len(bank.where), columns, x.shape[1], layout.records_per_row_block, shape.row_blocks,
         plan.stages,
     )  # fmt: skip
-    compensators, blocks = _Compensators(), processors_of(x.device.index)
-    if factors:
-        v, u = factors.v.shape, factors.u.shape.any
-        t = x.new_empty(tokens * slots, v.any.rows)
-        compensators = _Compensators(
-            factors.v.table.data_ptr(), factors.u.table.data_ptr(), t.data_ptr(), factors.v.counters.data_ptr(),
-            v.any.rows, v.row_blocks, v.any.records_per_row_block, u.records_per_row_block,
-        )  # fmt: skip
-    else:
+    blocks = processors_of(x.device.index)
+    if not compensators.columns:
         blocks = min(blocks, shape.row_blocks * (slots * tokens if ids is not None and weights is None else 1))
     plan.function.launch(
         blocks, 32 * plan.team.warps * plan.team.groups, plan.shared, (arguments, compensators), programmatic=True
     )
+
+
+def _compensators(x: torch.Tensor, pairs: int, factors: Factors | None, others: Factors | None = None) -> _Compensators:
+    """`others` are those of the other half of a layer of experts."""
+    reset = others and others.v.counters.data_ptr()
+    if factors is None:
+        return _Compensators(others=reset)
+    v, u = factors.v.shape, factors.u.shape.any
+    t = x.new_empty(pairs, v.any.rows)
+    made = _Compensators(
+        factors.v.argument, factors.u.argument, t.data_ptr(), factors.v.counters.data_ptr(), reset,
+        v.any.rows, v.row_blocks, v.any.records_per_row_block, u.records_per_row_block,
+    )  # fmt: skip
+    made.owner = t  # lives as long
+    return made
 
 
 def _ranks(factors: Factors) -> choose.Ranks:

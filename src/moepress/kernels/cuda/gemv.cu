@@ -119,6 +119,8 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         for (int i = 0; i < p.stages - 1; ++i) fetch_next();
 
     if (MODE != GATE_UP) await_producers();
+    // halves of a layer reset each other's: for the last block of each to do it took a trip to memory at its end
+    if (MODE != DENSE && f.others && blockIdx.x == 0 && threadIdx.x == 0) *f.others = 0;
     allow_dependents();
     auto row_of = [&](int row) -> const u16* {
         if (MODE != DOWN || NT > 1) return p.x + (u64)row * p.k;
@@ -260,7 +262,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         if (PASSES) ++segment;
         here.next_row(p, steps, stride, warp);
     }
-    if constexpr (FACTORS) {  // the last block to end leaves the counters as it found them
+    if constexpr (FACTORS && MODE == DENSE) {  // the last block to end leaves the counters as it found them
         __syncthreads();
         if (threadIdx.x > 0) return;
         const u32 last = gridDim.x - 1;

@@ -27,10 +27,11 @@ struct Arguments {
 };
 
 struct Compensators {
-    const Expert* v;        // [num_experts] rows of t by k; records null: that expert has none
-    const Expert* u;        // [num_experts] rows of W by columns of t
+    Bank v;                 // [num_experts] rows of t by k; an expert without records has none
+    Bank u;                 // [num_experts] rows of W by columns of t
     u16* t;                 // [tokens * slots, columns] in the order of `t_place`, v x
-    int* counters;          // {warps that have stored t, blocks that have ended}; both 0 between launches
+    int* counters;          // {warps that have stored t; DENSE: blocks that have ended}; 0 before
+    int* others;            // those of the other half of a layer of experts, which nobody uses now and this launch sets to 0; or null
     int columns;            // of t: 8, 16, 32 or a multiple of 64
     int v_row_blocks, v_records, u_records;
 };
@@ -106,11 +107,11 @@ __device__ void find_active(Active<NT>& active, const Arguments& p, const Compen
         active.expert[at] = p.bank.expert(id);
         active.pair[at][column] = pair, active.token[at][column] = pair / p.slots;
         if (MODE == DOWN) active.weight[at][column] = weight_of<BF16>(p, pair);
-        if (FACTORS) active.v[at] = f.v[id].records, active.u[at] = f.u[id].records;
+        if (FACTORS) active.v[at] = f.v.expert(id).records, active.u[at] = f.u.expert(id).records;
     };
     if constexpr (MODE == DENSE) {
         if (thread == 0) active.expert[0] = p.bank.expert(0), active.count = 1;
-        if (FACTORS && thread == 0) active.v[0] = f.v[0].records, active.u[0] = f.u[0].records;
+        if (FACTORS && thread == 0) active.v[0] = f.v.expert(0).records, active.u[0] = f.u.expert(0).records;
         if (thread < NT) active.pair[0][thread] = thread < p.tokens ? thread : -1;
     } else if constexpr (NT == 1) {
         if (thread < WARP) {
