@@ -212,6 +212,25 @@ __device__ __forceinline__ void arrive_at(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// ---- order of instructions ----------------------------------------------------------------------------------------
+
+// A load that is asked for here: the compiler puts long arithmetic ahead of plain ones.
+__device__ __forceinline__ int load_here(const int* from) {
+    int x;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+    return x;
+}
+__device__ __forceinline__ long long load_here(const long long* from) {
+    long long x;
+    asm volatile("ld.global.s64 %0, [%1];" : "=l"(x) : "l"(from) : "memory");
+    return x;
+}
+// x, of which nothing is computed before what is asked for above.
+__device__ __forceinline__ int from_here(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // ---- shared memory and copies -------------------------------------------------------------------------------------
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }

@@ -95,12 +95,18 @@ template <bool L1> __device__ __forceinline__ void load_half_t(u32 (&b)[4], cons
     b[0] = v.x, b[1] = v.y, b[2] = v.z, b[3] = v.w;
 }
 
-// Until a counter of what is done of t has come so far.
+__device__ __forceinline__ int load_acquire(const int* from) {
+    int x;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+    return x;
+}
+
+// Until a counter of what is done of t has come so far; and whether it has.
 __device__ __forceinline__ void await_count(const int* counter, int count, int lane) {
-    if (lane == 0) {
-        int found;
-        do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
-        while (found < count);
-    }
+    if (lane == 0)
+        while (load_acquire(counter) < count) {}
     __syncwarp();
+}
+__device__ __forceinline__ bool has_count(const int* counter, int count, int lane) {
+    return __shfl_sync(~0u, lane == 0 ? load_acquire(counter) : 0, 0) >= count;
 }

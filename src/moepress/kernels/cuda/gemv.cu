@@ -43,6 +43,10 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     __shared__ Segment<NT> segments[PASSES ? MAX_SEGMENTS : 1];  // of this block, in the order of their turns
     static_assert(sizeof(active) + sizeof(all_parts) + sizeof(pending) + sizeof(segments) + 1024 <= GEMV_STATIC,
                   "launches count on it, with what the system has");
+    // ids take most of a microsecond to come, and what does not depend on them is computed meanwhile; those of GATE_UP may be made
+    // by the launch ahead of it, for DOWN they are older than that
+    Chosen chosen = {};
+    if (MODE == DOWN) chosen = ask_chosen<BF16, MODE>(p);
     // by a shuffle: the same for the whole warp, so addresses of rings and records can live in uniform registers
     const int lane = threadIdx.x % WARP, any_warp = __shfl_sync(~0u, threadIdx.x / WARP, 0);
     const int warp = any_warp % WARPS, group = any_warp / WARPS;
@@ -65,19 +69,25 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
 #else
     const u64 policy = 0;
 #endif
-    if (MODE == GATE_UP) await_producers();  // ids; for DOWN they are older than the kernel that is waited for
-    constexpr bool EARLY = MODE == GATE_UP && NT == 1;
-    u32 early[4] = {0, 0, 0, 0};
-    if (EARLY && 8 * threadIdx.x < p.k) load_octet<BF16>(early, p.x, 8 * threadIdx.x, p.k);
+    if (MODE == GATE_UP) await_producers(), chosen = ask_chosen<BF16, MODE>(p);
+    // x with them: asked for after the first records it cost 2 of 19 us for Qwen3's two tokens
+    constexpr int EARLY = MODE != GATE_UP ? 0 : NT == 1 ? 1 : 2;
+    u32 early[EARLY ? EARLY : 1][4] = {};
+    if (has_early<NT>(p.k))
+#pragma unroll
+        for (int i = 0; i < EARLY; ++i) {
+            const int at = 8 * (threadIdx.x + i * blockDim.x);
+            if (at < p.tokens * p.k) load_octet<BF16>(early[i], p.x, at, p.tokens * p.k);
+        }
     if (PASSES && threadIdx.x < MAX_SEGMENTS) segments[threadIdx.x].stored = 0;
-    find_active<BF16, NT, MODE, FACTORS>(active, p, f);
-    const int count = active.count;
-
     // the first row blocks go to different multiprocessors, whole segments to those from the last, since the first multiply v
-    const int first = PASSES && p.passed.bytes ? (gridDim.x - 1 - blockIdx.x) * 8 + group : blockIdx.x + group * gridDim.x;
+    const int block = from_here(blockIdx.x);
+    const int first = PASSES && p.passed.bytes ? (gridDim.x - 1 - block) * 8 + group : block + group * gridDim.x;
     const int stride = gridDim.x * GROUPS;
     const Steps<WARPS, MODE> steps(p, first, stride, warp);
     Cursor<WARPS, MODE> ahead(steps, first, warp), here = ahead;
+    find_active<NT, MODE, FACTORS>(active, p, f, chosen);
+    const int count = active.count;
     const u8* row = nullptr;  // of records that `ahead` is in; null at the end
     u32 size = 0;
     auto find_row = [&] {
@@ -216,6 +226,9 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
                 if constexpr (DEFERS) correction.prefetch(compensated, row_block, lane);
                 else correction.load(unit, compensated, row_block, 0, lane);
             }
+        // to ask takes a trip to memory: here while records are under way, and not before t mostly is there
+        if constexpr (DEFERS)
+            if (!t_is_there && waiting == 3) t_is_there = has_count(f.counters, STORING * items, lane);
         while (!here.at_end_of_row(p, count)) {
             fetch_next();
             ring.wait();

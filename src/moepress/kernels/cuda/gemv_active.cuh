@@ -60,7 +60,7 @@ template <int NT> struct Active {
 };
 
 __device__ __forceinline__ int id_of(const Arguments& p, int pair) {
-    const long long id = p.ids_wide ? ((const long long*)p.ids)[pair] : (long long)((const int*)p.ids)[pair];
+    const long long id = p.ids_wide ? load_here((const long long*)p.ids + pair) : load_here((const int*)p.ids + pair);
     return id >= 0 && id < p.num_experts ? int(id) : -1;
 }
 
@@ -99,14 +99,24 @@ template <int NT> __device__ __forceinline__ int place_of(Active<NT>& active, in
     return rank < NT ? before[0] : all[0] + before[1];
 }
 
+// What a thread asks for of its pair; on its way while the thread goes on.
+struct Chosen {
+    int id;
+    float weight;
+};
+template <bool BF16, int MODE> __device__ __forceinline__ Chosen ask_chosen(const Arguments& p) {
+    const bool has = MODE != DENSE && threadIdx.x < p.tokens * p.slots;
+    return {has ? id_of(p, threadIdx.x) : -1, has && MODE == DOWN ? weight_of<BF16>(p, threadIdx.x) : 0.f};
+}
+
 // All threads; ends with a barrier.
-template <bool BF16, int NT, int MODE, bool FACTORS>
-__device__ void find_active(Active<NT>& active, const Arguments& p, const Compensators& f) {
-    const int thread = threadIdx.x;
+template <int NT, int MODE, bool FACTORS>
+__device__ void find_active(Active<NT>& active, const Arguments& p, const Compensators& f, const Chosen& chosen) {
+    const int thread = threadIdx.x, id = chosen.id;
     auto enter = [&](int at, int id, int pair, int column) {
         active.expert[at] = p.bank.expert(id);
         active.pair[at][column] = pair, active.token[at][column] = pair / p.slots;
-        if (MODE == DOWN) active.weight[at][column] = weight_of<BF16>(p, pair);
+        if (MODE == DOWN) active.weight[at][column] = chosen.weight;
         if (FACTORS) active.v[at] = f.v.expert(id).records, active.u[at] = f.u.expert(id).records;
     };
     if constexpr (MODE == DENSE) {
@@ -115,13 +125,11 @@ __device__ void find_active(Active<NT>& active, const Arguments& p, const Compen
         if (thread < NT) active.pair[0][thread] = thread < p.tokens ? thread : -1;
     } else if constexpr (NT == 1) {
         if (thread < WARP) {
-            const int id = thread < p.slots ? id_of(p, thread) : -1;
             const u32 votes = __ballot_sync(~0u, id >= 0);
             if (id >= 0) enter(__popc(votes & ((1u << thread) - 1)), id, thread, 0);
             if (thread == 0) active.count = __popc(votes);
         }
     } else {
-        const int id = thread < p.tokens * p.slots ? id_of(p, thread) : -1;
         const int rank = mark_tokens(active, id, thread / p.slots);
         if (thread < MAX_PAIRS) {
             const int at = place_of(active, id, rank);

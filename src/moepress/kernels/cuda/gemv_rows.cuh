@@ -30,12 +30,15 @@ __device__ __forceinline__ void stage_octet(const Staged& s, const u32 (&octet)[
             make_float2(bytes.scale, bytes.sum);
 }
 
+// Whether a thread's octets are those `blockDim.x` apart in memory: of one row, or of rows without padding between them.
+template <int NT> __device__ __forceinline__ bool has_early(int k) { return NT == 1 || k % UNIT == 0; }
+
 // All threads take part; a thread asks for several octets of columns before it uses the first, because each takes most of
-// a microsecond to come. `row_of(i)` is where row i of k values begins, null for zeros; `early` is the thread's first octet
-// where EARLY, asked for together with the ids. (Rows by bulk copies, permuted and summed afterwards, took 1 us longer;
-// a division for each octet, and arithmetic on octets past the end, 3 us with eight tokens.)
-template <int G, bool BF16, int NT, bool EARLY, typename R>
-__device__ void stage_rows(const Staged& s, R row_of, const u32 (&early)[4], int k) {
+// a microsecond to come. `row_of(i)` is where row i of k values begins, null for zeros; `early` are the thread's first EARLY
+// octets where `has_early`, asked for together with the ids. (Rows by bulk copies, permuted and summed afterwards, took 1 us
+// longer; a division for each octet, and arithmetic on octets past the end, 3 us with eight tokens.)
+template <int G, bool BF16, int NT, int EARLY, int N, typename R>
+__device__ void stage_rows(const Staged& s, R row_of, const u32 (&early)[N][4], int k) {
     constexpr int BATCH = NT == 1 ? 2 : 4;
     const int octets = 8 * s.units, rows_ahead = blockDim.x / octets, octets_ahead = blockDim.x - rows_ahead * octets;
     int row = threadIdx.x / octets, o = threadIdx.x - row * octets;
@@ -46,10 +49,10 @@ __device__ void stage_rows(const Staged& s, R row_of, const u32 (&early)[4], int
         int rows[BATCH], os[BATCH];
 #pragma unroll
         for (int i = 0; i < BATCH; ++i) {
-            const bool known = EARLY && i == 0 && first;
+            const bool known = i < EARLY && first && has_early<NT>(k);
             rows[i] = row, os[i] = o;
 #pragma unroll
-            for (int t = 0; t < 4; ++t) v[i][t] = known ? early[t] : 0;
+            for (int t = 0; t < 4; ++t) v[i][t] = known ? early[min(i, N - 1)][t] : 0;
             if (!known && row < s.rows)
                 if (const u16* from = row_of(row)) load_octet<BF16>(v[i], from, 8 * o, k);
             row += rows_ahead, o += octets_ahead;

@@ -31,14 +31,14 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
     for (int index = blockIdx.x; index < schedule.total(); index += gridDim.x) {
         Work work = schedule.at(index);
         const bool of_v = C::MULTIPLIES_V && work.split;
-        const Expert e = of_v ? p.add.v[work.expert] : p.bank.expert(work.expert);
+        const Expert e = of_v ? p.add.v.expert(work.expert) : p.bank.expert(work.expert);
         if (of_v && !e.records) {
             await_producers();
             if (lane == 0) atomicAdd(p.add.done, min(4 * WGS, p.add.v_row_blocks - work.row_block));
             continue;
         }
         work.bits = e.word_bits, work.centre = e.centre;
-        work.u = FB > 0 && (MODE != DENSE || C::BYTES || work.split == 0) ? p.add.u[work.expert].records : nullptr;
+        work.u = FB > 0 && (MODE != DENSE || C::BYTES || work.split == 0) ? p.add.u.expert(work.expert).records : nullptr;
         const u32 size = of_v ? Record<U, UNIT>::bytes(FB) : Record<U, G>::bytes(B ? B : e.word_bits);
         const int groups = min(MI * WGS, ((of_v ? p.add.v_row_blocks : p.row_blocks) - work.row_block + 3) / 4);
         const u8* from = e.records + (u64)work.row_block * p.records * size;

@@ -30,7 +30,7 @@ _Sizes = structure(
 
 class _Compensators(ctypes.Structure):
     _fields_ = (
-        ("u", ctypes.c_void_p), ("u_records", ctypes.c_int), ("columns", ctypes.c_int), ("v", ctypes.c_void_p),
+        ("u", BankArgument), ("u_records", ctypes.c_int), ("columns", ctypes.c_int), ("v", BankArgument),
         ("t", ctypes.c_void_p), ("done", ctypes.c_void_p), ("v_row_blocks", ctypes.c_int),
     )  # fmt: skip
 
@@ -121,8 +121,8 @@ def _compensators(added: Added | None) -> _Compensators:
     if added is None:
         return _Compensators()
     (v, u), t, done = added
-    given = v.table.data_ptr(), t.data_ptr(), address(done)
-    return _Compensators(u.table.data_ptr(), u.layouts[0].records_per_row_block, t.shape[1], *given, v.shape.row_blocks)
+    given = v.argument, t.data_ptr(), address(done)
+    return _Compensators(u.argument, u.layouts[0].records_per_row_block, t.shape[1], *given, v.shape.row_blocks)
 
 
 def _next(then: Next | None) -> ctypes.Structure:

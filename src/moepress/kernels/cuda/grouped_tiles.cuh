@@ -15,10 +15,10 @@ struct Next {
 };
 
 struct Compensators {
-    const Expert* u;  // [num_experts] rows of W by columns of t; records null: that expert has none
+    Bank u;  // [num_experts] rows of W by columns of t; an expert without records has none
     int u_records, columns;  // of t: 8, 16, 32 or a multiple of 64
     // tiles of 8 tokens
-    const Expert* v;  // as u, rows of t by k
+    Bank v;           // as u, rows of t by k
     u16* t;           // [pairs or tokens, columns] in the order of `t_place`
     int* done;        // row blocks of t that are stored, of all tokens' tiles; 0 before
     int v_row_blocks;
