@@ -26,9 +26,10 @@ GEMV: dict[str, Edits] = {
     "no waiting for t": (("bool t_is_there = false;", "bool t_is_there = true;"),),
     "no u t": (
         (
-            "int compensated = MODE == GATE_UP ? (warp == WARPS - 1 ? row_slot : count) : warp;",
+            "int compensated = MODE == DOWN ? warp : warp == WARPS - 1 ? row_slot : count;",
             "int compensated = count;",
         ),
+        ("if (active.u[late.slot]) {", "if (false) {"),
     ),
     "no v": (("const int items = FACTORS ? active.compensated_count * f.v_row_blocks : 0;", "const int items = 0;"),),
     "x not converted": (
@@ -60,16 +61,21 @@ RUNS = [
 _whole = compiler._texts
 
 
+def without(source: str, text: str, edits: Edits) -> str:
+    """The text of a source with its edits made. SystemExit where one no longer fits."""
+    for old, new in edits:
+        if text.count(old) != 1:
+            raise SystemExit(f"{source} has no longer this text once, so it cannot be left out: {old}")
+        text = text.replace(old, new)
+    return text
+
+
 def leave_out(source: str, edits: Edits) -> None:
     """From now on kernels of `source` are compiled without these."""
 
     def texts(name: str, folder: Path) -> dict[str, str]:
         found = _whole(name, folder)
-        for old, new in edits if name == source else ():
-            if found[name].count(old) != 1:
-                raise SystemExit(f"{source} has no longer this text once, so it cannot be left out: {old}")
-            found[name] = found[name].replace(old, new)
-        return found
+        return found | {source: without(source, found[source], edits)} if name == source else found
 
     compiler._texts = texts
     for each in (functions.find_kernel, functions.find_function, few._plan):

@@ -73,16 +73,29 @@ def _defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(registry.OVERRIDE, raising=False)
 
 
-def bank(shape: str, bits: int | str, group_size: int, ranks: Sequence[int] = (0,), factor_bits: int = 4) -> ExpertBank:
-    """On the CPU: random codes, a scale and a zero of its own for each group; ranks, and mixed widths, in turn."""
+def bank(
+    shape: str,
+    bits: int | str,
+    group_size: int,
+    ranks: Sequence[int] = (0,),
+    factor_bits: int = 4,
+    halves: tuple[int, int] = (1, 1),
+) -> ExpertBank:
+    """On the CPU: random codes, a scale and a zero of its own for each group; ranks, and mixed widths, in turn.
+
+    A 0 in `halves` takes compensators from gate and up, or from down.
+    """
     experts, _, hidden, inner = SHAPES[shape]
     widths = [BITS[e % len(BITS)] if bits == MIXED else int(bits) for e in range(experts)]
     every = [ranks[e % len(ranks)] for e in range(experts)]
-    gate_up = tuple(
-        WeightSpec(bits=b, group_size=group_size, rank=rank, factor_bits=factor_bits if rank else 0)
-        for b, rank in zip(widths, every, strict=True)
+    gate_up, down = (
+        tuple(
+            WeightSpec(bits=b, group_size=group_size, rank=half * rank, factor_bits=factor_bits if half * rank else 0)
+            for b, rank in zip(widths, every, strict=True)
+        )
+        for half in halves
     )
-    entry = BankEntry((inner, hidden), (hidden, inner), gate_up, gate_up[::-1])
+    entry = BankEntry((inner, hidden), (hidden, inner), gate_up, down[::-1])
     made = ExpertBank(entry, torch.nn.functional.silu)
     generator = torch.Generator().manual_seed(6)
     for each in made.modules():
@@ -186,6 +199,22 @@ def test_compensators_against_float64(
                 check(y, truth, run_experts(x, ids, weights, len(made), rounded), what)
                 assert torch.equal(made(x, ids, weights), y), f"{what}: not bitwise repeatable"
     assert made.is_packed
+
+
+@pytest.mark.parametrize("halves", [(1, 0), (0, 1)])
+def test_compensators_of_one_half(halves: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halves reset each other's counters, so one without compensators has to as well: a second call would not wait."""
+    monkeypatch.setenv(registry.OVERRIDE, "cuda")
+    made = bank("wide", 3, 64, (32,), 3, halves).cuda()
+    exact, rounded = dense(made, torch.float64), dense(made, torch.bfloat16)
+    with torch.no_grad():
+        for tokens in (1, 4, 8, 9, 1):
+            for turn in range(3):
+                x, ids, weights = routed("wide", tokens, "usual", torch.bfloat16)
+                x = x.roll(turn, 1)  # what an earlier call left of t would be wrong
+                truth = run_experts(x.double(), ids, weights.double(), len(made), exact)
+                plain = run_experts(x, ids, weights, len(made), rounded)
+                check(made(x, ids, weights), truth, plain, f"{tokens} tokens, call {turn}")
 
 
 def row_blocks_of_a_group(shape: str, bits: int, tokens: int) -> float:

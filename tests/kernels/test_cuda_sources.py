@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -97,3 +98,13 @@ def test_a_tile_is_to_its_kernel_what_it_is_to_its_launch(tmp_path: Path, monkey
     assert len(asserts) > 200 and compiler.compile_kernel("right.cu", "none<0>", "sm_90a", folder=sources).cubin
     with pytest.raises(KernelError, match="static assertion failed"):
         compiler.compile_kernel("wrong.cu", "none<0>", "sm_90a", folder=sources)
+
+
+def test_parts_that_a_benchmark_leaves_out_are_in_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs a GPU to run, so nobody would notice that a text has changed."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    stripped = importlib.import_module("stripped")
+    for source, *_, parts in stripped.RUNS:
+        text = (compiler.SOURCES / f"{source}.cu").read_text()
+        for edits in parts.values():
+            assert stripped.without(source, text, edits) != text

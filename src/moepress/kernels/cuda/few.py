@@ -52,7 +52,8 @@ def few_linear(
     """x [1, K] (W + u v)^T (+ bias) into y [1, N]; False, and no launch, where x needs too much shared memory."""
     if not (plan := _plan("DENSE", bank.shape, factors and _ranks(factors), x.dtype, 1, 1, x.device.index)):
         return False
-    _launch(plan, x, y, bank, _compensators(x, 1, factors), None, None, 1, 1, y.shape[1], bias)
+    t = _empty_t(x, 1, factors)
+    _launch(plan, x, y, bank, _compensators(factors, t), None, None, 1, 1, y.shape[1], bias)
     return True
 
 
@@ -88,13 +89,11 @@ def few_experts(
         sums = torch.empty(-(-pairs * floats // 4) * 4, dtype=torch.float32, device=x.device)
         passed = _Passed(x.new_empty(pairs, 64 * down.shape.units), sums)
     h = passed.bytes if passed else x.new_empty(pairs, intermediate)
-    # all that needs memory before the first launch: each half resets counters for the other
-    compensators = [
-        _compensators(x, pairs, own, other)
-        for own, other in ((gate_up_factors, down_factors), (down_factors, gate_up_factors))
-    ]
-    _launch(plans[0], x, h, gate_up, compensators[0], ids, None, tokens, slots, intermediate, passed=passed)
-    _launch(plans[1], h, y, down, compensators[1], ids, weights, tokens, slots, x.shape[1], passed=passed)
+    # nothing that needs memory between the launches: each resets the other's counters
+    up_t, t = _empty_t(x, pairs, gate_up_factors), _empty_t(x, pairs, down_factors)
+    up, own = _compensators(gate_up_factors, up_t, down_factors), _compensators(down_factors, t, gate_up_factors)
+    _launch(plans[0], x, h, gate_up, up, ids, None, tokens, slots, intermediate, passed=passed)
+    _launch(plans[1], h, y, down, own, ids, weights, tokens, slots, x.shape[1], passed=passed)
     return True
 
 
@@ -156,19 +155,20 @@ def _launch(
     )
 
 
-def _compensators(x: torch.Tensor, pairs: int, factors: Factors | None, others: Factors | None = None) -> _Compensators:
-    """`others` are those of the other half of a layer of experts."""
+def _empty_t(x: torch.Tensor, pairs: int, factors: Factors | None) -> torch.Tensor | None:
+    return None if factors is None else x.new_empty(pairs, factors.v.layouts[0].rows)
+
+
+def _compensators(factors: Factors | None, t: torch.Tensor | None, others: Factors | None = None) -> _Compensators:
+    """`others` are those of the other half of a layer of experts, whose counters the launch sets to 0."""
     reset = others and others.v.counters.data_ptr()
     if factors is None:
         return _Compensators(others=reset)
     v, u = factors.v.shape, factors.u.shape.any
-    t = x.new_empty(pairs, v.any.rows)
-    made = _Compensators(
-        factors.v.argument, factors.u.argument, t.data_ptr(), factors.v.counters.data_ptr(), reset,
+    return _Compensators(
+        factors.v.argument, factors.u.argument, address(t), factors.v.counters.data_ptr(), reset,
         v.any.rows, v.row_blocks, v.any.records_per_row_block, u.records_per_row_block,
     )  # fmt: skip
-    made.owner = t  # lives as long
-    return made
 
 
 def _ranks(factors: Factors) -> choose.Ranks:

@@ -45,8 +45,10 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
                   "launches count on it, with what the system has");
     // ids take most of a microsecond to come, and what does not depend on them is computed meanwhile; those of GATE_UP may be made
     // by the launch ahead of it, for DOWN they are older than that
+    // (one token with compensators takes 3 % less in the compiler's order)
+    constexpr bool HERE = !(FACTORS && NT == 1);
     Chosen chosen = {};
-    if (MODE == DOWN) chosen = ask_chosen<BF16, MODE>(p);
+    if (MODE == DOWN) chosen = ask_chosen<BF16, MODE, HERE>(p);
     // by a shuffle: the same for the whole warp, so addresses of rings and records can live in uniform registers
     const int lane = threadIdx.x % WARP, any_warp = __shfl_sync(~0u, threadIdx.x / WARP, 0);
     const int warp = any_warp % WARPS, group = any_warp / WARPS;
@@ -69,7 +71,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
 #else
     const u64 policy = 0;
 #endif
-    if (MODE == GATE_UP) await_producers(), chosen = ask_chosen<BF16, MODE>(p);
+    if (MODE == GATE_UP) await_producers(), chosen = ask_chosen<BF16, MODE, HERE>(p);
     // x with them: asked for after the first records it cost 2 of 19 us for Qwen3's two tokens
     constexpr int EARLY = MODE != GATE_UP ? 0 : NT == 1 ? 1 : 2;
     u32 early[EARLY ? EARLY : 1][4] = {};
@@ -81,7 +83,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         }
     if (PASSES && threadIdx.x < MAX_SEGMENTS) segments[threadIdx.x].stored = 0;
     // the first row blocks go to different multiprocessors, whole segments to those from the last, since the first multiply v
-    const int block = from_here(blockIdx.x);
+    const int block = HERE ? from_here(blockIdx.x) : blockIdx.x;
     const int first = PASSES && p.passed.bytes ? (gridDim.x - 1 - block) * 8 + group : block + group * gridDim.x;
     const int stride = gridDim.x * GROUPS;
     const Steps<WARPS, MODE> steps(p, first, stride, warp);

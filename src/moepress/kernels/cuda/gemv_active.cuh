@@ -59,8 +59,11 @@ template <int NT> struct Active {
     u32 tokens[NT == 1 ? 1 : MAX_EXPERTS / 4];      // a byte of tokens for each expert
 };
 
-__device__ __forceinline__ int id_of(const Arguments& p, int pair) {
-    const long long id = p.ids_wide ? load_here((const long long*)p.ids + pair) : load_here((const int*)p.ids + pair);
+// `HERE`: before any arithmetic that follows; else when the compiler thinks best.
+template <bool HERE> __device__ __forceinline__ int id_of(const Arguments& p, int pair) {
+    long long id;
+    if (HERE) id = p.ids_wide ? load_here((const long long*)p.ids + pair) : load_here((const int*)p.ids + pair);
+    else id = p.ids_wide ? ((const long long*)p.ids)[pair] : (long long)((const int*)p.ids)[pair];
     return id >= 0 && id < p.num_experts ? int(id) : -1;
 }
 
@@ -104,9 +107,9 @@ struct Chosen {
     int id;
     float weight;
 };
-template <bool BF16, int MODE> __device__ __forceinline__ Chosen ask_chosen(const Arguments& p) {
+template <bool BF16, int MODE, bool HERE> __device__ __forceinline__ Chosen ask_chosen(const Arguments& p) {
     const bool has = MODE != DENSE && threadIdx.x < p.tokens * p.slots;
-    return {has ? id_of(p, threadIdx.x) : -1, has && MODE == DOWN ? weight_of<BF16>(p, threadIdx.x) : 0.f};
+    return {has ? id_of<HERE>(p, threadIdx.x) : -1, has && MODE == DOWN ? weight_of<BF16>(p, threadIdx.x) : 0.f};
 }
 
 // All threads; ends with a barrier.

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the launches for few tokens are given, without a GPU: they are noted instead of made."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from moepress.kernels.cuda import choose, few
+from moepress.kernels.cuda.bank import Factors, RecordBank
+from moepress.kernels.records import RecordLayout
+
+EXPERTS, SLOTS, HIDDEN, INNER, RANK = 8, 2, 256, 320, 32
+HALVES = [(False, False), (True, False), (False, True), (True, True)]
+
+
+def bank(rows: int, columns: int, missing: int = 0) -> RecordBank:
+    """Without a GPU; the last `missing` experts have no matrix."""
+    layout = RecordLayout(rows, columns, 3, 64)
+    where = tuple((0, expert) if expert < EXPERTS - missing else None for expert in range(EXPERTS))
+    records = torch.zeros(EXPERTS, *layout.shape, dtype=torch.uint8)
+    return RecordBank((records,), (layout,), where, torch.zeros(EXPERTS + 1, 2, dtype=torch.int64))
+
+
+def factors(rows: int, columns: int, rank: int, missing: int = 0) -> Factors:
+    return Factors(bank(rank, columns, missing), bank(rows, rank, missing))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
+    """Both structures of each launch, in order."""
+    found: list[tuple[Any, Any]] = []
+
+    def launch(blocks: int, threads: int, shared: int, args: tuple[Any, Any], *, programmatic: bool) -> None:
+        found.append(args)
+
+    team = choose.Team(4, 8)
+    plan = SimpleNamespace(function=SimpleNamespace(launch=launch), team=team, stages=3, shared=0)
+    monkeypatch.setattr(few, "_plan", lambda *_: plan)
+    monkeypatch.setattr(few, "processors_of", lambda device: 132)
+    return found
+
+
+def run_experts(tokens: int, both: tuple[Factors | None, Factors | None]) -> None:
+    x, ids = torch.empty(tokens, HIDDEN, dtype=torch.bfloat16), torch.zeros(tokens, SLOTS, dtype=torch.int64)
+    banks = bank(2 * INNER, HIDDEN), bank(HIDDEN, INNER)
+    assert few.few_experts(x, ids, ids.float(), *banks, *both, INNER, torch.empty_like(x))
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("has", HALVES)
+def test_each_half_resets_what_the_other_counts(
+    launches: list[tuple[Any, Any]], has: tuple[bool, bool], tokens: int
+) -> None:
+    """Also a half without compensators: nobody else would."""
+    made = factors(2 * INNER, HIDDEN, 2 * RANK), factors(HIDDEN, INNER, RANK)
+    both = made[0] if has[0] else None, made[1] if has[1] else None
+    run_experts(tokens, both)
+    counters = [each and each.v.table[EXPERTS].data_ptr() for each in both]
+    given = [compensators for _, compensators in launches]
+    assert [each.counters for each in given] == counters and [each.others for each in given] == counters[::-1]
+    assert [each.columns for each in given] == [2 * RANK * has[0], RANK * has[1]], (
+        "none where there are no compensators"
+    )
+
+
+def test_halves_have_a_t_of_their_own(launches: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that runs out between the launches would leave the first half's counters as they are."""
+    order: list[str] = []
+    empty_t, launch = few._empty_t, few._launch
+    monkeypatch.setattr(few, "_empty_t", lambda *a: (order.append("t"), empty_t(*a))[1])
+    monkeypatch.setattr(few, "_launch", lambda *a, **k: (order.append("launch"), launch(*a, **k)))
+    run_experts(4, (factors(2 * INNER, HIDDEN, 2 * RANK), factors(HIDDEN, INNER, RANK)))
+    assert order == ["t", "t", "launch", "launch"]
+    assert launches[0][1].t and launches[1][1].t and launches[0][1].t != launches[1][1].t
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_factors_need_a_table_only_where_an_expert_has_none(launches: list[tuple[Any, Any]], missing: int) -> None:
+    """The first records would wait for it."""
+    made = factors(2 * INNER, HIDDEN, 2 * RANK, missing)
+    run_experts(1, (made, None))
+    for given, own in zip((launches[0][1].v, launches[0][1].u), made, strict=True):
+        assert given.experts == (own.table.data_ptr() if missing else None)
+        assert given.first == (None if missing else own.records[0].data_ptr())
+        assert given.stride == (0 if missing else own.layouts[0].num_bytes)
+
+
+def test_a_dense_layer_resets_its_own_counters(launches: list[tuple[Any, Any]]) -> None:
+    """In the kernel: there is no other half."""
+    x = torch.empty(1, HIDDEN, dtype=torch.bfloat16)
+    made = factors(512, HIDDEN, RANK)
+    assert few.few_linear(x, x.new_empty(1, 512), bank(512, HIDDEN), None, made)
+    compensators = launches[0][1]
+    assert compensators.others is None and compensators.counters == made.v.counters.data_ptr() and compensators.t
