@@ -108,3 +108,28 @@ def test_parts_that_a_benchmark_leaves_out_are_in_the_sources(monkeypatch: pytes
         text = (compiler.SOURCES / f"{source}.cu").read_text()
         for edits in parts.values():
             assert stripped.without(source, text, edits) != text
+
+
+def test_a_timeline_stamps_what_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Likewise; and kernels with stamps compile."""
+    monkeypatch.setenv("MOEPRESS_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    timeline = importlib.import_module("timeline")
+    monkeypatch.setattr(compiler, "_texts", compiler._texts)
+    shapes = (4, "GATE_UP", "4, 8"), (1, "DOWN", "32, 1")
+    instances = [f"gemv<3, 3, 4, 64, true, {tokens}, {mode}, {team}, 3, 1>" for tokens, mode, team in shapes]
+    plain = [compiler.compile_kernel("gemv.cu", instance, "sm_90a").cubin for instance in instances]
+    timeline.leave_out("gemv.cu", timeline.edits(132))
+    stamped = [compiler.compile_kernel("gemv.cu", instance, "sm_90a").cubin for instance in instances]
+    assert not {*plain} & {*stamped}
+
+
+def test_a_timeline_counts_from_the_first_warp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    timeline = importlib.import_module("timeline")
+    stamps = torch.zeros(2, 2, 3, timeline.WARPS, len(timeline.PLACES), dtype=torch.int64)
+    stamps[0, 0, 1, 0, 0], stamps[0, 0, 2, 5, 0], stamps[0, 1, 0, 0, 9] = 7000, 9000, 27000
+    stamps[1, 0, 1, 0, 0] = 10**18  # a clock of its own: only differences within a call count
+    found = {(launch, what): figures for launch, what, figures in timeline.summarise(stamps)}
+    assert list(found) == [("gate and up", "begins"), ("down", "ends")]
+    assert found["gate and up", "begins"] == pytest.approx([0, 0, 0, 1.6, 2]) and found["down", "ends"] == [20] * 5
