@@ -38,6 +38,7 @@ class RecordBank:
     layouts: tuple[RecordLayout, ...]
     where: tuple[tuple[int, int] | None, ...]
     table: torch.Tensor
+    in_order: bool | None = None
 
     @classmethod
     def build(

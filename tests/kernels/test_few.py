@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from moepress.kernels.cuda import choose, few
-from moepress.kernels.cuda.bank import Factors, RecordBank
+from moepress.kernels.banks import describe, rebuild
+from moepress.kernels.cuda import choose, few, grouped
+from moepress.kernels.cuda.bank import BankArgument, Factors, RecordBank
 from moepress.kernels.records import RecordLayout
 
 EXPERTS, SLOTS, HIDDEN, INNER, RANK = 8, 2, 256, 320, 32
@@ -78,6 +84,53 @@ def test_halves_have_a_t_of_their_own(launches: list[tuple[Any, Any]], monkeypat
     assert launches[0][1].t and launches[1][1].t and launches[0][1].t != launches[1][1].t
 
 
+def test_threads_do_not_come_between_halves(launches: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one stream another gate and up before this one's down would find what it waits for counted already."""
+    launch = few._launch
+
+    def slow(*args: Any, **others: Any) -> None:
+        time.sleep(0)  # as the driver, which lets other threads go on
+        launch(*args, **others)
+
+    monkeypatch.setattr(few, "_launch", slow)
+    both = factors(2 * INNER, HIDDEN, 2 * RANK), factors(HIDDEN, INNER, RANK)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: run_experts(1, both), range(400)))
+    assert [compensators.columns for _, compensators in launches] == [2 * RANK, RANK] * 400
+
+
+@pytest.mark.parametrize("compensated", [True, False])
+def test_counters_are_reset_where_down_cannot_be_launched(
+    launches: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch, compensated: bool
+) -> None:
+    made, launch = factors(2 * INNER, HIDDEN, 2 * RANK), few._launch
+
+    def count_or_fail(*args: Any, **others: Any) -> None:
+        if launches:
+            raise KeyboardInterrupt
+        made.v.counters.fill_(7)
+        launch(*args, **others)
+
+    monkeypatch.setattr(few, "_launch", count_or_fail)
+    with pytest.raises(KeyboardInterrupt):
+        run_experts(1, (made if compensated else None, None))
+    assert made.v.counters.tolist() == ([0, 0] if compensated else [7, 7]) and not few._halves.locked()
+
+
+@pytest.mark.parametrize(
+    ("structure", "source"),
+    [(few._Compensators, "gemv_active.cuh"), (grouped._Compensators, "grouped_tiles.cuh"),
+     (grouped._Next, "grouped_tiles.cuh")],
+)  # fmt: skip
+def test_structures_have_the_fields_of_their_source(structure: type[ctypes.Structure], source: str) -> None:
+    """In the same order: launches compare sizes alone."""
+    text = resources.files("moepress.kernels.cuda").joinpath(source).read_text()
+    (body,) = re.findall(rf"^struct {structure.__name__.strip('_')} {{$(.*?)^}};$", text, re.DOTALL | re.MULTILINE)
+    declared = re.sub(r"//.*", "", body).split(";")
+    names = [name.split()[-1].strip("*") for each in declared if each.strip() for name in each.split(",")]
+    assert names == [name for name, *_ in structure._fields_]
+
+
 @pytest.mark.parametrize("missing", [0, 1])
 def test_factors_need_a_table_only_where_an_expert_has_none(launches: list[tuple[Any, Any]], missing: int) -> None:
     """The first records would wait for it."""
@@ -87,6 +140,19 @@ def test_factors_need_a_table_only_where_an_expert_has_none(launches: list[tuple
         assert given.experts == (own.table.data_ptr() if missing else None)
         assert given.first == (None if missing else own.records[0].data_ptr())
         assert given.stride == (0 if missing else own.layouts[0].num_bytes)
+
+
+@pytest.mark.parametrize("where", [((0, 0), (0, 1)), ((0, 1), (0, 0)), ((0, 0), None), ((0, 0), (1, 0))])
+def test_compiled_code_makes_the_same_argument(where: tuple[tuple[int, int] | None, ...]) -> None:
+    """It makes banks anew in every call, and finds out once whether experts are in order."""
+    layout = RecordLayout(64, 256, 3, 64)
+    records = [torch.zeros(2, *layout.shape, dtype=torch.uint8) for _ in range(2 if (1, 0) in where else 1)]
+    layouts, table = [layout] * len(records), torch.zeros(3, 2, dtype=torch.int64)
+    made = RecordBank(tuple(records), tuple(layouts), where, table)
+    again = rebuild(records, table, describe(layouts, where))
+    for name, _ in BankArgument._fields_:
+        assert getattr(again.argument, name) == getattr(made.argument, name), name
+    assert again.in_order == (where == ((0, 0), (0, 1))) and (again.argument.first is not None) == again.in_order
 
 
 def test_a_dense_layer_resets_its_own_counters(launches: list[tuple[Any, Any]]) -> None:

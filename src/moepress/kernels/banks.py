@@ -18,7 +18,7 @@ import torch
 
 from moepress.errors import KernelError
 from moepress.kernels.cuda import compiler
-from moepress.kernels.cuda.bank import Factors
+from moepress.kernels.cuda.bank import Factors, are_in_order
 from moepress.kernels.problem import Problem
 from moepress.kernels.records import RecordLayout
 
@@ -82,6 +82,12 @@ def parse(text: str) -> tuple[tuple[RecordLayout, ...], Where]:
     return layouts, where
 
 
+@cache
+def _in_order(text: str) -> bool:
+    """Found out once: compiled code makes its banks anew in every call."""
+    return are_in_order(parse(text)[1])
+
+
 def _parse_place(place: str) -> tuple[int, int] | None:
     if place == _NOWHERE:
         return None
@@ -93,7 +99,7 @@ def rebuild(records: list[torch.Tensor], table: torch.Tensor, text: str) -> Reco
     """The bank that an operation was given."""
     from moepress.kernels.cuda import run
 
-    return run.RecordBank(tuple(records), *parse(text), table)
+    return run.RecordBank(tuple(records), *parse(text), table, _in_order(text))
 
 
 def factor_arguments(factors: FactorWeights | None) -> tuple[list[torch.Tensor], str]:

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -89,12 +92,27 @@ def few_experts(
         sums = torch.empty(-(-pairs * floats // 4) * 4, dtype=torch.float32, device=x.device)
         passed = _Passed(x.new_empty(pairs, 64 * down.shape.units), sums)
     h = passed.bytes if passed else x.new_empty(pairs, intermediate)
-    # nothing that needs memory between the launches: each resets the other's counters
     up_t, t = _empty_t(x, pairs, gate_up_factors), _empty_t(x, pairs, down_factors)
     up, own = _compensators(gate_up_factors, up_t, down_factors), _compensators(down_factors, t, gate_up_factors)
-    _launch(plans[0], x, h, gate_up, up, ids, None, tokens, slots, intermediate, passed=passed)
-    _launch(plans[1], h, y, down, own, ids, weights, tokens, slots, x.shape[1], passed=passed)
+    with _both_halves(gate_up_factors):
+        _launch(plans[0], x, h, gate_up, up, ids, None, tokens, slots, intermediate, passed=passed)
+        _launch(plans[1], h, y, down, own, ids, weights, tokens, slots, x.shape[1], passed=passed)
     return True
+
+
+_halves = Lock()
+
+
+@contextmanager
+def _both_halves(gate_up: Factors | None) -> Iterator[None]:
+    """Halves reset each other's counters: no other thread's come between; where down fails, gate and up's are reset."""
+    with _halves:
+        try:
+            yield
+        except BaseException:
+            if gate_up:
+                gate_up.v.counters.zero_()
+            raise
 
 
 @cache
