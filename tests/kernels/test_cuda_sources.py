@@ -108,6 +108,9 @@ def test_parts_that_a_benchmark_leaves_out_are_in_the_sources(monkeypatch: pytes
         text = (compiler.SOURCES / f"{source}.cu").read_text()
         for edits in parts.values():
             assert stripped.without(source, text, edits) != text
+    for text in ("", "a b a"):  # not there, and there twice
+        with pytest.raises(SystemExit, match="cannot be left out: a"):
+            stripped.without("gemv.cu", text, (("a", "c"),))
 
 
 def test_a_timeline_stamps_what_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

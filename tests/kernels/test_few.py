@@ -84,7 +84,10 @@ def test_halves_have_a_t_of_their_own(launches: list[tuple[Any, Any]], monkeypat
     assert launches[0][1].t and launches[1][1].t and launches[0][1].t != launches[1][1].t
 
 
-def test_threads_do_not_come_between_halves(launches: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has", HALVES[1:])
+def test_threads_do_not_come_between_halves(
+    launches: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch, has: tuple[bool, bool]
+) -> None:
     """On one stream another gate and up before this one's down would find what it waits for counted already."""
     launch = few._launch
 
@@ -93,10 +96,11 @@ def test_threads_do_not_come_between_halves(launches: list[tuple[Any, Any]], mon
         launch(*args, **others)
 
     monkeypatch.setattr(few, "_launch", slow)
-    both = factors(2 * INNER, HIDDEN, 2 * RANK), factors(HIDDEN, INNER, RANK)
+    made = factors(2 * INNER, HIDDEN, 2 * RANK), factors(HIDDEN, INNER, RANK)
+    both = made[0] if has[0] else None, made[1] if has[1] else None
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: run_experts(1, both), range(400)))
-    assert [compensators.columns for _, compensators in launches] == [2 * RANK, RANK] * 400
+    assert [compensators.columns for _, compensators in launches] == [2 * RANK * has[0], RANK * has[1]] * 400
 
 
 @pytest.mark.parametrize("compensated", [True, False])
@@ -114,7 +118,8 @@ def test_counters_are_reset_where_down_cannot_be_launched(
     monkeypatch.setattr(few, "_launch", count_or_fail)
     with pytest.raises(KeyboardInterrupt):
         run_experts(1, (made if compensated else None, None))
-    assert made.v.counters.tolist() == ([0, 0] if compensated else [7, 7]) and not few._halves.locked()
+    assert made.v.counters.tolist() == ([0, 0] if compensated else [7, 7])
+    assert not any(lock.locked() for lock in few._locks.values())
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from threading import Lock
@@ -94,19 +94,22 @@ def few_experts(
     h = passed.bytes if passed else x.new_empty(pairs, intermediate)
     up_t, t = _empty_t(x, pairs, gate_up_factors), _empty_t(x, pairs, down_factors)
     up, own = _compensators(gate_up_factors, up_t, down_factors), _compensators(down_factors, t, gate_up_factors)
-    with _both_halves(gate_up_factors):
+    counts = gate_up_factors or down_factors
+    with _both_halves(x.device.index, gate_up_factors) if counts else _NOTHING:
         _launch(plans[0], x, h, gate_up, up, ids, None, tokens, slots, intermediate, passed=passed)
         _launch(plans[1], h, y, down, own, ids, weights, tokens, slots, x.shape[1], passed=passed)
     return True
 
 
-_halves = Lock()
+_NOTHING = nullcontext()
+_locks: dict[int, Lock] = {}
+"""Of devices."""
 
 
 @contextmanager
-def _both_halves(gate_up: Factors | None) -> Iterator[None]:
+def _both_halves(device: int, gate_up: Factors | None) -> Iterator[None]:
     """Halves reset each other's counters: no other thread's come between; where down fails, gate and up's are reset."""
-    with _halves:
+    with _locks.setdefault(device, Lock()):
         try:
             yield
         except BaseException:
