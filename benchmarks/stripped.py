@@ -26,7 +26,7 @@ GEMV: dict[str, Edits] = {
     "no waiting for t": (("bool t_is_there = false;", "bool t_is_there = true;"),),
     "no u t": (
         (
-            "int compensated = MODE == DOWN ? warp : warp == WARPS - 1 ? row_slot : count;",
+            "int compensated = MODE == DOWN ? WARPS - 1 - warp : warp == WARPS - 1 ? row_slot : count;",
             "int compensated = count;",
         ),
         ("if (active.u[late.slot]) {", "if (false) {"),
@@ -40,7 +40,7 @@ GEMV: dict[str, Edits] = {
 }
 _NO_WAITING = ("if (!t_is_there) {", "if (false) {")
 _NO_V = ("C::MULTIPLIES_V ? row_tiles(p.add.v_row_blocks) : 0;", "0;")
-_NO_UT = ("compensator.add(acc[0], p.add, lane);", "")
+_NO_UT = ("compensator.add(acc[0], p.add, work, u_row_block, lane);", "")
 GROUPED: dict[str, Edits] = {  # who waits for t waits for all of v: without v nobody may wait
     "no waiting for t": (_NO_WAITING,),
     "no u t": (_NO_UT,),

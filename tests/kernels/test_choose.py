@@ -117,7 +117,7 @@ def test_a_tile_fits_any_matrix(bank: choose.Bank, count: int, cores: int) -> No
 def test_few_tokens(bank: choose.Bank, count: int, slots: int, cores: int, mode: choose.Mode, rank: int) -> None:
     u, v = RecordLayout(bank.any.rows, max(rank, 8), 4, 64), RecordLayout(max(rank, 8), bank.any.columns, 4, 64)
     ranks = choose.ranks(v, u) if rank else None
-    teams = choose.gemv_teams(mode, bank, count, slots, cores)
+    teams = choose.gemv_teams(mode, bank, count, slots, cores, ranked=bool(rank))
     assert all(0 < team.warps * team.groups <= choose.WARPS for team in teams)
     assert teams[0].warps * teams[0].groups == choose.WARPS
     for team in teams:
@@ -144,7 +144,7 @@ def test_the_team_that_runs_is_compiled_beforehand(
     u, v = RecordLayout(bank.any.rows, 32, 4, 64), RecordLayout(32, bank.any.columns, 4, 64)
     given = mode, bank, choose.ranks(v, u) if rank else None, count, slots
     teams, candidates = (
-        choose.gemv_teams(mode, bank, count, slots, cores),
+        choose.gemv_teams(mode, bank, count, slots, cores, ranked=bool(rank)),
         choose.gemv_candidates(*given, cores, AVAILABLE),
     )
     rooms = {team: choose.gemv_room(*given, team) for team in teams}
@@ -188,6 +188,9 @@ def test_known_layers() -> None:
     team = choose.gemv_teams("DOWN", down, 1, 2, 132)[0]
     assert team == choose.Team(8, 4) and choose.gemv_room("DOWN", down, None, 1, 2, team).stages(AVAILABLE) == 2
     assert [choose.Tile(tokens, 2, 2, 1).narrow for tokens in (80, 128, 144, 152)] == [64, 96, 128, 152]
+    assert choose.gemv_teams("DOWN", small, 1, 8, 132)[0] == choose.Team(32, 1)
+    ranked = [choose.gemv_teams("DOWN", small, tokens, 8, 132, ranked=True)[0] for tokens in (1, 2)]
+    assert ranked == [choose.Team(16, 2), choose.Team(32, 1)], "v of one token has a group of its own"
     assert choose.gemv_teams("DOWN", small, 8, 8, 132) == [choose.Team(32, 1), choose.Team(24, 1), choose.Team(16, 1)]
     mixed = choose.Bank(tuple(RecordLayout(2048, 768, bits, 64) for bits in (1, 2, 3)))
     assert mixed.template == "0, 4, 4, 64" and mixed.record_bytes == 4 * (128 * 4 + 64)

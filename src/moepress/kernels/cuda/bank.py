@@ -111,3 +111,8 @@ class Factors(NamedTuple):
     @property
     def ranks(self) -> choose.Ranks:
         return choose.ranks(self.v.layouts[0], self.u.layouts[0])
+
+    @property
+    def t_columns(self) -> int:
+        """Of a row of t, as `t_columns` in factor.cuh has it."""
+        return max(32, self.v.layouts[0].rows)

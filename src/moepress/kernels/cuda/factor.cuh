@@ -21,10 +21,10 @@ template <int B> struct FactorUnit {
 #pragma unroll
         for (int c = 0; c < B; ++c) {
             const int word = u * B + c;
-            words[c] = *reinterpret_cast<const u32*>(record + word / U * 128 * U + lane * 4 * U + word % U * 4);
+            words[c] = __ldg(reinterpret_cast<const u32*>(record + word / U * 128 * U + lane * 4 * U + word % U * 4));
         }
-        low = *reinterpret_cast<const u32*>(record + 128 * U * B + 4 * (U * (lane / 4) + u));
-        high = *reinterpret_cast<const u32*>(record + 128 * U * B + 4 * (U * (lane / 4 + 8) + u));
+        low = __ldg(reinterpret_cast<const u32*>(record + 128 * U * B + 4 * (U * (lane / 4) + u)));
+        high = __ldg(reinterpret_cast<const u32*>(record + 128 * U * B + 4 * (U * (lane / 4 + 8) + u)));
     }
     // Codes less the middle one, as A operands of four steps of 16 columns. Of those that are known to be zero the compiler
     // drops the work: 4 % of a dense layer of 4096x4096 at four tokens.
@@ -62,36 +62,38 @@ template <int B> struct FactorUnit {
     __device__ __forceinline__ float scale(int r) const { return Half<false>::lo(r ? high : low); }
 };
 
-// Where column `column` of t lies: a lane's columns of each octet, as products take them, side by side.
+// A row of t has 32 columns or a multiple of 64; those that u does not have, beyond 8 or 16, are zeros.
+__device__ __forceinline__ int t_columns(int columns) { return columns < UNIT / 2 ? UNIT / 2 : columns; }
+
+// Where column `column` of a row of t lies: a lane's columns of each octet, as products take them, side by side.
 __device__ __forceinline__ int t_place(int column, int columns) {
-    const int width = columns < UNIT ? columns : UNIT;
-    return column / width * width + column % 8 / 2 * (width / 4) + column % width / 8 * 2 + column % 2;
+    const int bits = columns < UNIT ? 5 : 6;  // of a column's number in its unit; to divide took some 60 instructions
+    const int unit = column >> bits << bits, octet = (column - unit) / 8;
+    return unit + (column % 8 / 2 << (bits - 2)) + octet * 2 + column % 2;
+}
+
+// Column `column` of a row block of t, into a row. All 16 have a place.
+template <bool BF16> __device__ __forceinline__ void put_t(u16* row, int column, int columns, float x) {
+    row[t_place(column, columns)] = round16<BF16>(x);
+    if (columns <= ROWS) row[t_place(column + ROWS, columns)] = 0;
 }
 
 template <bool L1, typename T> __device__ __forceinline__ T load_global(const T* from) { return L1 ? *from : __ldcg(from); }
 
-// A lane's part of unit `unit` of a row of t; null: zeros. Past L1 where that may have an older neighbour of this row.
+// A lane's part of unit `unit` of a row of t. Past L1 where that may have an older neighbour of this row. No more than one load
+// can write a register: with one for each number of columns, and zeros where a token is none, the second waited for the first,
+// 0.25 us of a tile's 4.
 template <bool L1> __device__ __forceinline__ void load_t(u32 (&b)[8], const u16* row, int unit, int columns, int lane) {
-    uint4 v[2] = {};
-    if (row) {
-        const int width = columns < UNIT ? columns : UNIT;
-        const u16* from = row + unit * UNIT + lane % 4 * (width / 4);
-        if (width >= 32) v[0] = load_global<L1>(reinterpret_cast<const uint4*>(from));
-        if (width == 64) v[1] = load_global<L1>(reinterpret_cast<const uint4*>(from) + 1);
-        if (width == 16) {
-            v[0].x = load_global<L1>(reinterpret_cast<const u32*>(from));
-            v[0].y = load_global<L1>(reinterpret_cast<const u32*>(from) + 1);
-        }
-        if (width == 8) v[0].x = load_global<L1>(reinterpret_cast<const u32*>(from));
-    }
+    const uint4* from = reinterpret_cast<const uint4*>(row + unit * UNIT + lane % 4 * (columns < UNIT ? 8 : 16));
+    uint4 v[2] = {load_global<L1>(from), {}};
+    if (columns >= UNIT) v[1] = load_global<L1>(from + 1);
 #pragma unroll
     for (int i = 0; i < 2; ++i) b[4 * i] = v[i].x, b[4 * i + 1] = v[i].y, b[4 * i + 2] = v[i].z, b[4 * i + 3] = v[i].w;
 }
 
 // The same of one half of a row of 64 columns.
 template <bool L1> __device__ __forceinline__ void load_half_t(u32 (&b)[4], const u16* row, int half, int lane) {
-    uint4 v = {};
-    if (row) v = load_global<L1>(reinterpret_cast<const uint4*>(row + lane % 4 * 16) + half);
+    const uint4 v = load_global<L1>(reinterpret_cast<const uint4*>(row + lane % 4 * 16) + half);
     b[0] = v.x, b[1] = v.y, b[2] = v.z, b[3] = v.w;
 }
 
@@ -99,6 +101,11 @@ __device__ __forceinline__ int load_acquire(const int* from) {
     int x;
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
     return x;
+}
+
+// Counts one more, after all that the warp has stored. (A fence and an addition took 0.1 us more.)
+__device__ __forceinline__ void add_release(int* to) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(to) : "memory");
 }
 
 // Until a counter of what is done of t has come so far; and whether it has.

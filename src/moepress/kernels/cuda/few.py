@@ -177,7 +177,7 @@ def _launch(
 
 
 def _empty_t(x: torch.Tensor, pairs: int, factors: Factors | None) -> torch.Tensor | None:
-    return None if factors is None else x.new_empty(pairs, factors.v.layouts[0].rows)
+    return None if factors is None else x.new_empty(pairs, factors.t_columns)
 
 
 def _compensators(factors: Factors | None, t: torch.Tensor | None, others: Factors | None = None) -> _Compensators:

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     constexpr bool PASSES = MODE == GATE_UP && NT > 1 && GROUPS == 8;
     // Where gate and up have several tokens, u t of up to PENDING turns is added after them, each by a warp of its own: waiting for
     // t, and a trip to memory at the end of each turn, took 3 of 49 us for Qwen3's eight tokens.
-    constexpr bool DEFERS = FACTORS && MODE == GATE_UP && NT > 1;
+    constexpr bool DEFERS = FACTORS && MODE == GATE_UP && NT > 1, APART = FACTORS && MODE == GATE_UP && NT == 1;
     __shared__ float pending[DEFERS ? GROUPS : 1][DEFERS ? PENDING : 1][NT * ROWS];
     __shared__ Segment<NT> segments[PASSES ? MAX_SEGMENTS : 1];  // of this block, in the order of their turns
     static_assert(sizeof(active) + sizeof(all_parts) + sizeof(pending) + sizeof(segments) + 1024 <= GEMV_STATIC,
@@ -63,7 +63,10 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     s.x = reinterpret_cast<u32*>(bars + WARPS * GROUPS * p.stages);
     s.sums = reinterpret_cast<float*>(s.x + s.rows * s.words);
 
-    Ring ring(shared_address(shared) + any_warp * p.stages * SLOT, shared_address(bars + any_warp * p.stages), SLOT, p.stages);
+    // with compensators there are no registers left for it
+    const u32 ring_at = kept<!FACTORS>(shared_address(shared));
+    const u32 bars_at = FACTORS ? shared_address(bars) : ring_at + WARPS * GROUPS * p.stages * SLOT;
+    Ring ring(ring_at + any_warp * p.stages * SLOT, bars_at + any_warp * p.stages * 8, SLOT, p.stages);
 #if __CUDA_ARCH__ >= 900
     if (lane < p.stages) mbarrier_init(shared_address(bars + any_warp * p.stages + lane), 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -82,12 +85,10 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             if (at < p.tokens * p.k) load_octet<BF16>(early[i], p.x, at, p.tokens * p.k);
         }
     if (PASSES && threadIdx.x < MAX_SEGMENTS) segments[threadIdx.x].stored = 0;
-    // the first row blocks go to different multiprocessors, whole segments to those from the last, since the first multiply v
-    const int block = HERE ? from_here(blockIdx.x) : blockIdx.x;
-    const int first = PASSES && p.passed.bytes ? (gridDim.x - 1 - block) * 8 + group : block + group * gridDim.x;
-    const int stride = gridDim.x * GROUPS;
-    const Steps<WARPS, MODE> steps(p, first, stride, warp);
-    Cursor<WARPS, MODE> ahead(steps, first, warp), here = ahead;
+    const int block = HERE ? from_here(blockIdx.x) : blockIdx.x, stride = gridDim.x * GROUPS;
+    const Shares<GROUPS> shares(block, group, PASSES && p.passed.bytes, APART ? (p.slots * f.v_row_blocks + 1) / 2 : 0);
+    const Steps<WARPS, MODE> steps(p, shares.first, stride, warp);
+    Cursor<WARPS, MODE> ahead(steps, shares.first, warp), here = ahead;
     find_active<NT, MODE, FACTORS>(active, p, f, chosen);
     const int count = active.count;
     const u8* row = nullptr;  // of records that `ahead` is in; null at the end
@@ -106,10 +107,8 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         if (ahead.next_record(p, steps)) find_row();
     };
     find_row();
-    // row blocks of t go to groups that have fewer of their own; with whole segments, to blocks that do
-    int item = PASSES && p.passed.bytes ? blockIdx.x * GROUPS + group : blockIdx.x + (GROUPS - 1 - group) * gridDim.x;
     const int items = FACTORS ? active.compensated_count * f.v_row_blocks : 0;
-    int v_slot = 0, v_row_block = 0, v_record = 0;
+    int item = shares.first_of_v, v_slot = 0, v_row_block = 0, v_record = 0;
     auto fetch_v = [&] {
         if (v_record >= f.v_records) return ring.nothing();
         ring.fetch(locate(active.v[v_slot], v_row_block, v_record, f.v_records, V_SIZE), V_SIZE, policy, lane);
@@ -148,7 +147,9 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         return MODE == DOWN ? max(int(active.pair[slot][column]), 0) : int(active.token[slot][column]);
     };
     // of a lane's column: its half of a unit for high or low bytes, and there its own 16
-    const u32 x_lane = shared_address(s.x) + lane / 4 % 2 * 64 + lane % 4 * 16, sums_at = shared_address(s.sums);
+    const u32 x_at = FACTORS ? shared_address(s.x) : bars_at + WARPS * GROUPS * p.stages * 8;
+    const u32 sums_at = FACTORS ? shared_address(s.sums) : x_at + s.rows * s.words * 4;
+    const u32 x_lane = x_at + lane / 4 % 2 * 64 + lane % 4 * 16;
     auto x_of = [&](int slot, int record) { return x_lane + staged(slot, lane / 8) * s.words * 4 + 128 * U * record; };
     auto sums_of = [&](int slot, int record) {
         return sums_at + 4 * staged(slot, lane % 4) * s.row_sums + 8 * SEGMENTS * U * record;
@@ -173,7 +174,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
                 multiply<FB, U, UNIT, SEGMENTS>(y, ring.head(), x_of(slot, record), sums_of(slot, record), lane);
                 ring.release();
             }
-            item += stride;
+            item += shares.stride_of_v;
             fetch_first();
             put_part<NT>(parts[turn % 2] + warp * PARTS * ROWS, y, lane);
             named_barrier(1 + group, WARPS * WARP);
@@ -220,9 +221,9 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             for (int i = 0; i < PARTS * ROWS / WARP; ++i) own[i * WARP + lane] = 0.f;
             __syncwarp();
         }
-        // u t: of one expert by the last warp, which has the fewest columns, of down's by one warp each; asked for here and
-        // multiplied at the end, or later where it DEFERS
-        int compensated = MODE == DOWN ? warp : warp == WARPS - 1 ? row_slot : count;
+        // u t: of one expert by the last warp, which has the fewest columns, of down's by one warp each, the last first; asked
+        // for here and multiplied at the end, or later where it DEFERS
+        int compensated = MODE == DOWN ? WARPS - 1 - warp : warp == WARPS - 1 ? row_slot : count;
         if constexpr (FACTORS)
             if (compensated < count && active.u[compensated]) {
                 if constexpr (DEFERS) correction.prefetch(compensated, row_block, lane);

@@ -29,7 +29,7 @@ struct Arguments {
 struct Compensators {
     Bank v;                 // [num_experts] rows of t by k; an expert without records has none
     Bank u;                 // [num_experts] rows of W by columns of t
-    u16* t;                 // [tokens * slots, columns] in the order of `t_place`, v x
+    u16* t;                 // [tokens * slots, t_columns] in the order of `t_place`, v x
     int* counters;          // {warps that have stored t; DENSE: blocks that have ended}; 0 before
     int* others;            // those of the other half of a layer of experts, which nobody uses now and this launch sets to 0; or null
     int columns;            // of t: 8, 16, 32 or a multiple of 64
@@ -88,12 +88,13 @@ template <int NT> __device__ __forceinline__ int mark_tokens(Active<NT>& active,
 }
 
 // Where in the list a token finds its expert, with `rank` tokens before it; and how long the list is. The first warps.
-template <int NT> __device__ __forceinline__ int place_of(Active<NT>& active, int id, int rank) {
+template <int NT> __device__ __forceinline__ int place_of(Active<NT>& active, int id, int rank, int num_experts) {
     int before[2] = {}, all[2] = {};
 #pragma unroll
     for (int more = 0; more < 2; ++more)
 #pragma unroll
         for (int w = 0; w < MAX_EXPERTS / 32; ++w) {
+            if (WARP * w >= num_experts) break;
             const u32 word = active.chosen[more][w];
             all[more] += __popc(word);
             before[more] += __popc(w < id / 32 ? word : w == id / 32 ? word & ((1u << (id % 32)) - 1) : 0u);
@@ -135,7 +136,7 @@ __device__ void find_active(Active<NT>& active, const Arguments& p, const Compen
     } else {
         const int rank = mark_tokens(active, id, thread / p.slots);
         if (thread < MAX_PAIRS) {
-            const int at = place_of(active, id, rank);
+            const int at = place_of(active, id, rank, p.num_experts);
             if (id >= 0) enter(at, id, thread, rank % NT);  // tokens that share an expert write the same
         }
     }

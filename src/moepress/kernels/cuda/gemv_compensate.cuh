@@ -18,9 +18,9 @@ template <int FB, int FU, int NT, bool BF16, int MODE> struct Correction {
     __device__ void load(Unit& unit, int slot, int row_block, int i, int lane) const {
         unit.template load<UNITS>(record(slot, row_block, i), i % UNITS, lane);
     }
-    __device__ const u16* row(int slot, int lane) const {  // of t; L1 has nothing older, because `await_count` acquires
-        const int pair = active.pair[slot][NT == 1 ? 0 : lane / 8];
-        return pair < 0 ? nullptr : f.t + pair * f.columns;
+    // Of t; any for columns without a token. L1 has nothing older, because `await_count` acquires.
+    __device__ const u16* row(int slot, int lane) const {
+        return f.t + max(int(active.pair[slot][NT == 1 ? 0 : lane / 8]), 0) * t_columns(f.columns);
     }
     __device__ void prefetch(int slot, int row_block, int lane) const {
         if (128 * lane < BYTES) asm volatile("prefetch.global.L2 [%0];" ::"l"(record(slot, row_block, 0) + 128 * lane));

@@ -82,13 +82,12 @@ template <bool BF16, int NT, int COLUMNS, int WARPS, int STORING>
 __device__ void finish_t(const Compensators& f, const Active<NT>& active, const float* parts, int slot, int row_block, int part,
                          int lane) {
     for (int i = part * WARP + lane; i < ROWS * NT; i += STORING * WARP) {
-        const int row = i % ROWS, token = i / ROWS, pair = active.pair[slot][token], column = row_block * ROWS + row;
+        const int row = i % ROWS, token = i / ROWS, pair = active.pair[slot][token];
         const float sum = add_parts<COLUMNS, WARPS>(parts, token, row);
-        if (pair >= 0 && column < f.columns) f.t[pair * f.columns + t_place(column, f.columns)] = round16<BF16>(sum);
+        if (pair >= 0) put_t<BF16>(f.t + pair * t_columns(f.columns), row_block * ROWS + row, f.columns, sum);
     }
     __syncwarp();
     if (lane == 0) {
-        __threadfence();
-        atomicAdd(f.counters, 1);
+        add_release(f.counters);
     }
 }

@@ -120,6 +120,8 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
     constexpr bool BYTES_NEXT = MODE == GATE_UP && C::BYTES && C::H_UNITS > 0;
     constexpr bool SUMS_NEXT = MODE == GATE_UP && AFTER && C::H_UNITS > 0;
     constexpr bool SPLIT = MODE == PLAIN || (MODE == DENSE && !C::BYTES);
+    // v is multiplied in the loop of W where records are alike: a second loop took registers of the first, 2 % of the time
+    constexpr bool ONE_LOOP = C::MULTIPLIES_V && FB == B && G == UNIT;
     __shared__ Columns all_columns[2][MODE == DOWN ? NT : 1];            // of this tile and the next
     __shared__ __align__(16) uint4 all_octets[2][BYTES_NEXT ? C::ROW_BLOCKS * NT : 1];  // likewise; [unit][token][row block]
     __shared__ float all_sums[2][SUMS_NEXT ? C::ROW_BLOCKS * NT : 1];                     // likewise; [row block][token]
@@ -154,26 +156,28 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
         await_producers();
         allow_dependents();
         const int group = first_lane / 128, wg = group % WGS, kw = group / WGS, warp = first_lane / WARP % 4;
+        const u32 own_ring = kept<C::BYTES>(ring), own_bars = kept<C::BYTES>(bars);
         int stage = 0;
         u32 phase = 0;
         int turn = 0;
         bool t_is_there = false;
         for (;; turn ^= 1) {
-            mbarrier_wait(bars + 16 * stage, phase);
+            mbarrier_wait(own_bars + 16 * stage, phase);
             const Work work = works[stage].template uniform<(FB > 0)>();
             if (work.expert < 0) return;
             Columns *columns = all_columns[turn], column;
             const bool has_column = MODE == DOWN && thread < NT && thread < work.tokens;
             if (has_column) column = {p.pairs[work.token + thread], p.weights[work.token + thread]};
             const int bits = B ? B : work.bits, records = work.template records<SPLIT>(p);
-#define WHERE ring, STAGE, bars, p.stages, stage, phase, records, wg, kw, lane, warp
+#define WHERE own_ring, STAGE, own_bars, p.stages, stage, phase, records, wg, kw, lane, warp
 #define BYTES(...)                                                                                                          \
-    accumulate_bytes<C, __VA_ARGS__, Record<U, G>::SEGMENTS, WGS, KW>(acc, ring, STAGE, C::sums_at(MAX_B), bars, p.stages,   \
-                                                                      stage, phase, records, wg, kw, lane, warp, live)
+    accumulate_bytes<C, __VA_ARGS__, Record<U, G>::SEGMENTS, WGS, KW>(acc, own_ring, STAGE, C::sums_at(MAX_B), own_bars,     \
+                                                                      p.stages, stage, phase, records, wg, kw, lane, warp, live)
             const int row_block = work.row_block + wg * MI * 4 + warp;  // of this warp and its first row tile
-            const bool live = work.row_block + wg * 4 < (C::MULTIPLIES_V && work.split ? p.add.v_row_blocks : p.row_blocks);
-            if constexpr (C::MULTIPLIES_V)
-                if (work.split) {
+            const bool of_v = C::MULTIPLIES_V && work.split, adds = C::MULTIPLIES_V && work.u && !(ONE_LOOP && of_v);
+            const bool live = work.row_block + wg * 4 < (of_v ? p.add.v_row_blocks : p.row_blocks);
+            if constexpr (C::MULTIPLIES_V && !ONE_LOOP)
+                if (of_v) {
                     float acc[1][NT / 2] = {};
                     BYTES(FB, U, UNIT);
                     if constexpr (KW > 1) add_columns<NT, MI, WGS, KW, C::CONSUMERS>(acc, sums, wg, kw, thread);
@@ -181,9 +185,13 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
                     continue;
                 }
             Compensator<FB ? FB : 1, FU ? FU : 1, BF16> compensator;
+            const int u_row_block = row_block < p.row_blocks ? row_block : row_block % 4;
             if constexpr (C::MULTIPLIES_V)
-                if (kw == 0) compensator.begin(p.add, work, row_block < p.row_blocks ? row_block : row_block % 4, t_is_there, lane);
-            uint4* octets = BYTES_NEXT && p.next.bytes ? all_octets[turn] : nullptr;
+                if (kw == 0 && adds) {
+                    compensator.load_unit(p.add, work, u_row_block, 0, lane);
+                    if (t_is_there) compensator.load_row(p.add, work, 0, lane);
+                }
+            uint4* octets = BYTES_NEXT && p.next.bytes && !(ONE_LOOP && of_v) ? all_octets[turn] : nullptr;
             float* octet_sums = SUMS_NEXT && p.next.sums ? all_sums[turn] : nullptr;
             // sums live and end inside: shared by both sizes they made the compiler wait for every product
             auto run = [&](auto size) {
@@ -200,8 +208,8 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
                         else added.load(0, lane);
                     }
                     if constexpr (AFTER)
-                        accumulate_codes<C, B, U, G, BF16, NT, N, FB>(acc, added, ring, STAGE, C::sums_at(MAX_B), bars, p.stages,
-                                                                           stage, phase, records, wg, lane, warp);
+                        accumulate_codes<C, B, U, G, BF16, NT, N, FB>(acc, added, own_ring, STAGE, C::sums_at(MAX_B), own_bars,
+                                                                      p.stages, stage, phase, records, wg, lane, warp);
                     else accumulate<C, B, MAX_B, U, G, BF16, NT, N, MI, WGS, KW, FB>(acc, added, WHERE, bits, work.centre);
                 } else {
                     if constexpr (B) BYTES(B, U, G);
@@ -215,19 +223,21 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
                 if constexpr (KW > 1) add_columns<N, MI, WGS, KW, C::CONSUMERS>(acc, sums, wg, kw, thread);
                 if (KW == 1 && MODE == DOWN) named_barrier(1, C::CONSUMERS);  // columns are there
                 if (kw > 0) return;
+                if constexpr (ONE_LOOP)
+                    if (of_v) return store_t<BF16>(p.add, work, row_block, acc[0], lane);
                 if constexpr (MODE == DENSE && !C::BYTES)
                     if (p.splits > 1) {
                         store_sum<BF16, N, MI, WGS>(p, work, acc, ring, shared_address(corners[thread / WARP]), wg, thread);
                         return;
                     }
                 if constexpr (C::MULTIPLIES_V)
-                    if (compensator.u) {
+                    if (adds) {
                         if (!t_is_there) {
                             await_count(p.add.done, schedule.token_tiles * p.add.v_row_blocks, lane);
                             t_is_there = true;
-                            compensator.load_row(p.add, 0, lane);
+                            compensator.load_row(p.add, work, 0, lane);
                         }
-                        compensator.add(acc[0], p.add, lane);
+                        compensator.add(acc[0], p.add, work, u_row_block, lane);
                     }
 #pragma unroll
                 for (int mi = 0; mi < MI; ++mi) {

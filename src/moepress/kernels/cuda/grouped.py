@@ -48,7 +48,7 @@ class Added(NamedTuple):
 
     factors: Factors
     t: torch.Tensor
-    """v x [P, columns of u's records]; where tiles have 8 tokens still to be made, [P, rows of v] by `t_place`."""
+    """v x [P, columns of u's records]; where tiles have 8 tokens still to be made, [P, t_columns] by `t_place`."""
     done: torch.Tensor | None
     """int32, a zero that counts what is done of t; None: t is there."""
 
@@ -121,8 +121,9 @@ def _compensators(added: Added | None) -> _Compensators:
     if added is None:
         return _Compensators()
     (v, u), t, done = added
+    columns = t.shape[1] if done is None else v.layouts[0].rows
     given = v.argument, t.data_ptr(), address(done)
-    return _Compensators(u.argument, u.layouts[0].records_per_row_block, t.shape[1], *given, v.shape.row_blocks)
+    return _Compensators(u.argument, u.layouts[0].records_per_row_block, columns, *given, v.shape.row_blocks)
 
 
 def _next(then: Next | None) -> ctypes.Structure:

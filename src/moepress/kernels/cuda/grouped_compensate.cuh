@@ -44,32 +44,23 @@ template <int FB, int FU, bool BF16, int MI> struct Added {
 };
 
 // u t for a row block and a tile of 8 tokens. What a first unit takes is asked for before W's products: one trip to memory a
-// tile was 5 % of Mixtral's time at 8 tokens.
+// tile was 5 % of Mixtral's time at 8 tokens. Where to find more is not kept, for want of registers.
 template <int FB, int FU, bool BF16> struct Compensator {
     FactorUnit<FB> unit;
     u32 t[8];
-    const u8* u;     // of the expert; null: none
-    const u16* row;  // of t
-    int row_block;
 
-    __device__ __forceinline__ void load_unit(const Compensators& f, int i, int lane) {
-        load_u<FB, FU>(unit, f, u, i, row_block, lane);
+    __device__ __forceinline__ void load_unit(const Compensators& f, const Work& work, int row_block, int i, int lane) {
+        load_u<FB, FU>(unit, f, work.u, i, row_block, lane);
     }
-    __device__ __forceinline__ void load_row(const Compensators& f, int i, int lane) {
-        load_t<false>(t, row, i, f.columns, lane);
+    __device__ __forceinline__ void load_row(const Compensators& f, const Work& work, int i, int lane) {
+        const int token = work.token + min(lane / 4, work.tokens - 1);  // any for columns without a token
+        load_t<false>(t, f.t + (u64)token * t_columns(f.columns), i, f.columns, lane);
     }
-
-    __device__ __forceinline__ void begin(const Compensators& f, const Work& work, int row_block, bool t_is_there, int lane) {
-        u = work.u;
-        if (!u) return;
-        this->row_block = row_block, row = lane / 4 < work.tokens ? f.t + (u64)(work.token + lane / 4) * f.columns : nullptr;
-        load_unit(f, 0, lane);
-        if (t_is_there) load_row(f, 0, lane);
-    }
-    __device__ __forceinline__ void add(float (&y)[4], const Compensators& f, int lane) {
+    // y += u t. The first unit and t's are there.
+    __device__ __forceinline__ void add(float (&y)[4], const Compensators& f, const Work& work, int row_block, int lane) {
         for (int i = 0; i < (f.columns + UNIT - 1) / UNIT; ++i) {
             float c[4];
-            if (i > 0) load_unit(f, i, lane), load_row(f, i, lane);
+            if (i > 0) load_unit(f, work, row_block, i, lane), load_row(f, work, i, lane);
             if (f.columns <= UNIT / 2) unit.template multiply<BF16, HALF>(c, t);
             else unit.template multiply<BF16, WHOLE>(c, t);
 #pragma unroll
@@ -84,12 +75,9 @@ __device__ __forceinline__ void store_t(const Compensators& f, const Work& work,
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
         const int column = row_block * ROWS + lane / 4 + e / 2 * 8, token = lane % 4 * 2 + e % 2;
-        if (token < work.tokens && column < f.columns)
-            f.t[(u64)(work.token + token) * f.columns + t_place(column, f.columns)] = round16<BF16>(acc[e]);
+        if (token < work.tokens && row_block < f.v_row_blocks)
+            put_t<BF16>(f.t + (u64)(work.token + token) * t_columns(f.columns), column, f.columns, acc[e]);
     }
     __syncwarp();
-    if (lane == 0 && row_block < f.v_row_blocks) {
-        __threadfence();
-        atomicAdd(f.done, 1);
-    }
+    if (lane == 0 && row_block < f.v_row_blocks) add_release(f.done);
 }

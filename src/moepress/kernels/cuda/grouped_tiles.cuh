@@ -19,7 +19,7 @@ struct Compensators {
     int u_records, columns;  // of t: 8, 16, 32 or a multiple of 64
     // tiles of 8 tokens
     Bank v;           // as u, rows of t by k
-    u16* t;           // [pairs or tokens, columns] in the order of `t_place`
+    u16* t;           // [pairs or tokens, t_columns] in the order of `t_place`
     int* done;        // row blocks of t that are stored, of all tokens' tiles; 0 before
     int v_row_blocks;
 };

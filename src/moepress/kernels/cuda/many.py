@@ -110,7 +110,7 @@ def compensate(
         return None
     if tile.takes_bytes:
         assert done is not None and rows.bytes is not None, "tiles of 8 tokens count what is done of t"
-        return Added(factors, rows.bytes.new_empty(len(rows.bytes), factors.v.layouts[0].rows), done)
+        return Added(factors, rows.bytes.new_empty(len(rows.bytes), factors.t_columns), done)
     assert rows.plain is not None, "compensators of wide tiles multiply 16-bit rows"
     # whole records of u: v's padding of zero rows makes zeros of theirs
     columns = factors.u.layouts[0].padded_columns
