@@ -17,6 +17,7 @@
 #include "gemv_compensate.cuh"
 #include "gemv_records.cuh"
 #include "gemv_rows.cuh"
+#include "gemv_shares.cuh"
 #include "gemv_store.cuh"
 
 // GROUPS groups of WARPS warps: a group has a row block at a time, and all share x. With 32 warps on a multiprocessor
@@ -85,8 +86,10 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             if (at < p.tokens * p.k) load_octet<BF16>(early[i], p.x, at, p.tokens * p.k);
         }
     if (PASSES && threadIdx.x < MAX_SEGMENTS) segments[threadIdx.x].stored = 0;
-    const int block = HERE ? from_here(blockIdx.x) : blockIdx.x, stride = gridDim.x * GROUPS;
-    const Shares<GROUPS> shares(block, group, PASSES && p.passed.bytes, APART ? (p.slots * f.v_row_blocks + 1) / 2 : 0);
+    const int block = HERE ? from_here(blockIdx.x) : blockIdx.x, blocks = gridDim.x;
+    const bool passes = PASSES && p.passed.bytes;
+    Shares<GROUPS> shares(blocks, block, group, passes, APART ? p.slots * f.v_row_blocks : 0);
+    const int stride = shares.stride;
     const Steps<WARPS, MODE> steps(p, shares.first, stride, warp);
     Cursor<WARPS, MODE> ahead(steps, shares.first, warp), here = ahead;
     find_active<NT, MODE, FACTORS>(active, p, f, chosen);
@@ -108,6 +111,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     };
     find_row();
     const int items = FACTORS ? active.compensated_count * f.v_row_blocks : 0;
+    if (FACTORS && passes) shares.spread_v(blocks, block, group, count * (p.row_blocks / 8), items);
     int item = shares.first_of_v, v_slot = 0, v_row_block = 0, v_record = 0;
     auto fetch_v = [&] {
         if (v_record >= f.v_records) return ring.nothing();
@@ -189,7 +193,6 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     auto await_t = [&] {
         if (!t_is_there) await_count(f.counters, STORING * items, lane), t_is_there = true;
     };
-    const bool passes = PASSES && p.passed.bytes;
     Segment<NT>* segment = segments;
     int waiting = 0;  // row blocks, from `late` on
     Cursor<WARPS, MODE> late = here;

@@ -4,27 +4,6 @@
 #include "factor.cuh"
 #include "gemv_active.cuh"
 
-// Row blocks of W that a group begins with, and of v. The first go to different multiprocessors, whole segments to those from the
-// last, since the first multiply v: groups that have fewer of W, with whole segments blocks that do. Of one token gate and up's v
-// has `apart` blocks of its own, as far as they go, two row blocks each: behind W's records of the same multiprocessor v's were
-// the last to come, and everybody waits for t (Qwen3 16.0 -> 14.0 us).
-template <int GROUPS> struct Shares {
-    int first, first_of_v, stride_of_v;
-
-    __device__ __forceinline__ Shares(int block, int group, bool segments, int apart) {
-        const int blocks = gridDim.x;
-        if (apart) {
-            const int own = max(1, min(blocks / 4, apart)), others = blocks - own;
-            first = block >= own ? block - own + group * others : others * GROUPS + block + group * own;
-            first_of_v = block < own ? block + (GROUPS - 1 - group) * own : NONE, stride_of_v = own * GROUPS;
-        } else {
-            first = segments ? (blocks - 1 - block) * GROUPS + group : block + group * blocks;
-            first_of_v = segments ? block * GROUPS + group : block + (GROUPS - 1 - group) * blocks, stride_of_v = blocks * GROUPS;
-        }
-    }
-    static constexpr int NONE = 1 << 30;
-};
-
 // How far a step goes: whole matrices, and the rest in row blocks (GATE_UP) or in records of a row block (DOWN). Known
 // beforehand, because small matrices are many to a step: carrying over one by one took half of all instructions.
 template <int WARPS, int MODE> struct Steps {
