@@ -8,6 +8,7 @@ So a graph goes round enough copies that more than four caches' worth is read be
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ import torch
 CACHES = 4
 CALLS, REPLAYS, MOST_COPIES = 20, 200, 256
 """Calls in a graph at least, replays in a turn at most, copies at most (tiny layers would need thousands)."""
+REST = 0.05
+"""Seconds before each turn. Without, whoever followed a product that draws much power had a lower clock: at 256 tokens
+times moved by 10 to 20 % with the order of the contenders."""
 SHARE = 0.4
 """Of the free memory, what one contender's copies may take."""
 _COPY_BYTES, _MATRIX = 1 << 32, 8192
@@ -107,7 +111,8 @@ class CudaClock:
         return Recording(graph, count, calls)
 
     def replay(self, recording: Recording, seconds: float) -> list[float]:
-        """Microseconds a call, for each replay that fits into `seconds`, at least one; a first one warms up."""
+        """Microseconds a call, for each replay that fits into `seconds`, at least one; after a rest a first one warms up."""
+        time.sleep(REST)
         once = sum(self._between(recording.graph.replay, 1))
         count = max(1, min(REPLAYS, int(seconds / max(once, 1e-9))))
         return [1e6 * each / recording.calls for each in self._between(recording.graph.replay, count)]
