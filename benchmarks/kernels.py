@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from statistics import median
@@ -71,7 +72,7 @@ def figures(rows: list[Row], setting: Setting) -> Iterator[Figure]:
         yield figure
 
 
-def mixed(clock: CudaClock, setting: Setting) -> Iterator[Figure]:
+def mixed(clock: CudaClock, setting: Setting) -> Iterator[list[Figure]]:
     """A Mixtral layer of four widths beside the mean of its uniform layers, which is its bytes' share of their time."""
     from moepress.kernels.cuda import run
 
@@ -99,10 +100,12 @@ def mixed(clock: CudaClock, setting: Setting) -> Iterator[Figure]:
         mean = sum(times[:4]) / 4
         note = f"us, uniform and mixed: {[round(t, 1) for t in times]}"
         print(f"mixed widths T={tokens}: {times[4] / mean:.3f} of the mean; {note}", flush=True)
-        yield Figure(
-            f"mixtral mixed 1,2,3,4 bits T={tokens}", times[4] / mean, "ratio",
-            "at most 1.05 of the mean of the uniform layers", note,
-        )  # fmt: skip
+        yield [
+            Figure(
+                f"mixtral mixed 1,2,3,4 bits T={tokens}", times[4] / mean, "ratio",
+                "at most 1.05 of the mean of the uniform layers", note,
+            )
+        ]  # fmt: skip
 
 
 def main() -> None:
@@ -117,20 +120,20 @@ def main() -> None:
     setting = Setting(clock.device, clock.machine(), seconds=given.seconds)
     print(setting.machine, flush=True)
     for part in given.only.split(","):
-        if part == "mixed":
-            found = list(mixed(clock, setting))
-        else:
-            found = []
-            for problem in problems(part, given.tokens):
-                contenders = [Moepress()] if given.alone else lineup(problem.kind, problem.dtype, peers=True)
-                for line in warm_up(contenders, [problem], setting):
-                    print(line, flush=True)
-                found += figures(run_problem(problem, contenders, clock, setting, lambda _: None), setting)
-                clock.release()
-        named = [
-            Figure(f.metric, f.value, f.unit, f.baseline, "; ".join(filter(None, (f.note, given.note)))) for f in found
-        ]
-        finish(f"kernels {part}", named, device="cuda")
+        # what is measured is kept, should a later problem fail or a user lose patience
+        for found in mixed(clock, setting) if part == "mixed" else timed(part, given, clock, setting):
+            named = [replace(each, note="; ".join(filter(None, (each.note, given.note)))) for each in found]
+            finish(f"kernels {part}", named, device="cuda")
+
+
+def timed(part: str, given: argparse.Namespace, clock: CudaClock, setting: Setting) -> Iterator[list[Figure]]:
+    """The figures of each problem of a part."""
+    for problem in problems(part, given.tokens):
+        contenders = [Moepress()] if given.alone else lineup(problem.kind, problem.dtype, peers=True)
+        for line in warm_up(contenders, [problem], setting):
+            print(line, flush=True)
+        yield list(figures(run_problem(problem, contenders, clock, setting, lambda _: None), setting))
+        clock.release()
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ class CudaClock:
         return Recording(graph, count, calls)
 
     def replay(self, recording: Recording, seconds: float) -> list[float]:
-        """Microseconds a call, for each replay that fits into `seconds`, at least one; after a rest a first one warms up."""
+        """Microseconds a call, for each replay that fits into `seconds`, at least one; after a rest one warms up."""
         time.sleep(REST)
         once = sum(self._between(recording.graph.replay, 1))
         count = max(1, min(REPLAYS, int(seconds / max(once, 1e-9))))
