@@ -78,13 +78,18 @@ def taken(find: Find, groups: int, blocks: int, counts: tuple[int, int], *given:
 )  # fmt: skip
 @example(groups=8, blocks=132, apart=32, row_blocks=768)
 def test_each_row_block_has_a_group(find: Find, groups: int, blocks: int, apart: int, row_blocks: int) -> None:
-    of_w, of_v = taken(find, groups, blocks, (row_blocks, apart or 7), 0, apart, -1, 0)
+    items = apart or 7
+    of_w, of_v = taken(find, groups, blocks, (row_blocks, items), 0, apart, -1, 0)
     assert max(of_w.values()) - min(of_w.values()) <= 1
+    with_v = {block for (block, _), count in of_v.items() if count}
     if apart and (apart + 1) // 2 <= blocks // 4:
-        with_v = {block for (block, _), count in of_v.items() if count}
         assert len(with_v) == (apart + 1) // 2 and max(of_v.values()) == (1 if groups > 1 else min(apart, 2))
         if row_blocks <= (blocks - len(with_v)) * groups:
             assert not any(count for (block, _), count in of_w.items() if block in with_v), "v's blocks are the last"
+    else:
+        assert max(of_v.values()) == -(-items // (blocks * groups)) and len(with_v) == min(items, blocks)
+        if -(-row_blocks // blocks) - (-items // blocks) <= groups:
+            assert not any(of_w[where] and of_v[where] for where in of_w), "groups that have none of W are enough"
 
 
 @given(blocks=st.integers(1, 140), segments=st.integers(1, 1500), items=st.integers(0, 4096))
@@ -96,5 +101,8 @@ def test_with_whole_segments(find: Find, blocks: int, segments: int, items: int)
         assert len({of_w[block, group] for group in range(8)}) == 1, "eight groups make a segment"
     with_v = {block for (block, _), count in of_v.items() if count}
     assert max(of_v.values()) <= max(2, -(-items // (8 * blocks)))
-    if 16 * sum(of_w[block, 0] == segments // blocks for block in range(blocks)) >= items:
+    fewer = sum(of_w[block, 0] == segments // blocks for block in range(blocks))
+    if 16 * fewer >= items:
         assert all(of_w[block, 0] == segments // blocks for block in with_v), "blocks that have one less are enough"
+    if (items + 1) // 2 <= fewer:
+        assert len(with_v) == (items + 1) // 2, "two in each"

@@ -133,8 +133,8 @@ def gemv_teams(
 ) -> Sequence[Team]:
     """Teams, best first: few warps share a row block where row blocks are many, so that none of the 32 waits.
 
-    Down's compensators (`ranked`) of one token have a group that has no row block of W (Qwen3-30B-A3B with rank 32 14.0
-    us, now 13.5; DeepSeek-MoE-16B 18.7, now 16.7, on an H200).
+    Where a row block has a multiprocessor to itself, one token's compensators of down (`ranked`) have a second group,
+    for v (Qwen3-30B-A3B with rank 32 14.0 us, now 13.5; DeepSeek-MoE-16B 18.7, now 16.7, on an H200).
     """
     blocks = bank.row_blocks * (slots * tokens if mode == "GATE_UP" else 1)
     if blocks <= processors:

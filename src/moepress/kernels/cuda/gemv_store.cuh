@@ -87,7 +87,5 @@ __device__ void finish_t(const Compensators& f, const Active<NT>& active, const 
         if (pair >= 0) put_t<BF16>(f.t + pair * t_columns(f.columns), row_block * ROWS + row, f.columns, sum);
     }
     __syncwarp();
-    if (lane == 0) {
-        add_release(f.counters);
-    }
+    if (lane == 0) add_release(f.counters);
 }
