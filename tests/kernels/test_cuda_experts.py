@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -25,10 +25,12 @@ pytestmark = [
 ]
 TOKENS = (1, 2, 4, 7, 8, 9, 33, 130, 600)
 SHAPES = {"ragged": (6, 2, 136, 40), "many": (64, 8, 256, 72), "wide": (8, 4, 512, 640), "one": (4, 1, 64, 200),
-          "long": (128, 8, 128, 896), "low": (16, 2, 128, 192), "tall": (6, 4, 5120, 640)}  # fmt: skip
+          "long": (128, 8, 128, 896), "low": (16, 2, 128, 192), "tall": (6, 4, 5120, 640),
+          "deep": (4, 2, 256, 1600)}  # fmt: skip
 """Experts, chosen for a token, hidden, intermediate. "wide" is large enough at 7 and 8 tokens to pass on bytes of h;
 "long" and, without passing on, "tall" have more row blocks a group of warps at 8 than may wait for u t; "low" has
-teams of 32, 16 and 8 warps at 2, 4 and 7 tokens, and "tall" those of 24, where inputs take much of the memory."""
+teams of 32, 16 and 8 warps at 2, 4 and 7 tokens, and "tall" those of 24, where inputs take much of the memory; in
+"deep" two warpgroups share down's columns."""
 MIXED = "mixed"
 CASES = [
     *((shape, bits, 64, torch.bfloat16) for shape in ("ragged", "wide") for bits in BITS),
@@ -176,6 +178,7 @@ def test_against_float64(shape: str, bits: int | str, group_size: int, dtype: to
         ("long", 2, (0, 16), 3, torch.bfloat16), ("low", 3, (32, 0), 8, torch.bfloat16),
         ("low", 4, (32, 16), 3, torch.float16), ("tall", 3, (32,), 4, torch.float16),
         ("wide", 3, (0, 8), 3, torch.bfloat16), ("low", 4, (0, 32), 4, torch.float16),
+        ("deep", 3, (32, 0), 3, torch.bfloat16),
     ],
 )  # fmt: skip
 def test_compensators_against_float64(
@@ -261,6 +264,34 @@ def test_tokens_do_not_depend_on_each_other() -> None:
         again = made(x, ids, weights)
     torch.testing.assert_close(again[:300], y[:300], atol=0.02, rtol=0.02)  # tiles differ, and so may the order of sums
     assert not again[300:].any()
+
+
+@pytest.mark.parametrize("ranks", [(8,), (0, 32)])
+@pytest.mark.usefixtures("_new_memory_is_nan")
+def test_compensators_of_tokens_do_not_depend_on_each_other(
+    ranks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products have columns without a token, which read a row of t that may never have been written."""
+    monkeypatch.setenv(registry.OVERRIDE, "cuda")
+    made = bank("wide", 3, 64, ranks, 3).cuda()
+    with torch.no_grad():
+        for tokens in (2, 3, 5, 8, 9):
+            x, ids, weights = routed("wide", tokens, "usual", torch.bfloat16)
+            ids[0] = -1
+            y = made(x, ids, weights)
+            assert y.isfinite().all() and not y[0].any(), f"{tokens} tokens"
+            x[1] = float("nan")
+            again = made(x, ids, weights)
+            assert torch.equal(again[2:], y[2:]) and not again[0].any(), f"{tokens} tokens, the second NaN"
+
+
+@pytest.fixture
+def _new_memory_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_the_stored_tensors_survive() -> None:

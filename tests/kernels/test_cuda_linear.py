@@ -109,6 +109,8 @@ def test_rows_of_a_result_do_not_depend_on_each_other() -> None:
 # ---------------------------------------------------------------------------------------------- the module
 
 SPEC, RANKED = WeightSpec(bits=3, group_size=64), WeightSpec(bits=4, group_size=64, rank=8, factor_bits=3)
+ALIKE = WeightSpec(bits=3, group_size=64, rank=32, factor_bits=3)
+"""Factors of W's width, so that v is multiplied in W's loop."""
 
 
 def layer(spec: WeightSpec = SPEC, n: int = 200, k: int = 384, bias: bool = True) -> CompressedLinear:
@@ -138,7 +140,7 @@ def test_compensators_in_clusters(n: int, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("n", [200, 203])
-@pytest.mark.parametrize("spec", [SPEC, RANKED], ids=lambda spec: spec.tag)
+@pytest.mark.parametrize("spec", [SPEC, RANKED, ALIKE], ids=lambda spec: spec.tag)
 @pytest.mark.parametrize("lead", [(), (1,), (2, 3), (5, 1, 7), (0,), (130,)])
 def test_the_module(spec: WeightSpec, lead: tuple[int, ...], n: int) -> None:
     made = layer(spec, n)
