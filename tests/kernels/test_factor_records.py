@@ -95,7 +95,7 @@ def test_the_product_is_that_of_the_factors(n: int, rank: int, bits: int) -> Non
 @given(rank=st.integers(1, 700))
 def test_ranks_in_records(rank: int) -> None:
     width = stored_rank(rank)
-    assert width >= rank and (width in (8, 16, 32) or width % 64 == 0)
+    assert width >= rank and (width in (8, 16, 32) or width % 64 == 0), "what rows of t have places for (factor.cuh)"
     assert (width == max(8, rank)) == (rank % 64 == 0 or 64 % rank == 0) and stored_rank(width) == width
 
 

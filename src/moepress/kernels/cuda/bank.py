@@ -115,6 +115,4 @@ class Factors(NamedTuple):
     @property
     def t_columns(self) -> int:
         """Of a row of t, as `t_columns` in factor.cuh has it."""
-        rows = self.v.layouts[0].rows
-        assert rows in (8, 16, 32) or rows % 64 == 0, f"{rows} rows of v, which no `stored_rank` makes"
-        return max(32, rows)
+        return max(32, self.v.layouts[0].rows)
