@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from on_cpu import build, needs_compiler
 from pack_cases import SHAPES, Case, Run, check_codes, check_parts
 
 from moepress.format.spec import BITS, GROUP_SIZES, WeightSpec
@@ -25,8 +25,7 @@ from moepress.kernels.cuda.pack import SOURCE, pack_arguments
 from moepress.kernels.factors import FactorShape
 from moepress.kernels.records import Base, RecordLayout
 
-COMPILER = shutil.which("g++")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ for C++17")
+pytestmark = needs_compiler
 FUNCTION = """
 extern "C" void run_{0}_{1}_{2}(const PackArguments* p, int blocks) {{
     static const PackArguments* at; at = p;
@@ -41,10 +40,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     shutil.copy(Path(__file__).parent / "cpu/common.cuh", folder)
     widths = [(bits, bits if bits <= 4 else 8) for bits in BITS] + [(8, word) for word in (1, 2, 3, 4)]
     functions = [FUNCTION.format(*each, units) for each in widths for units in (1, 2, 4)]
-    (folder / "pack.cpp").write_text("\n".join([(SOURCES / SOURCE).read_text(encoding="utf-8"), *functions]))
-    command = [COMPILER, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", "pack.so", "pack.cpp"]
-    subprocess.run(command, cwd=folder, check=True)
-    library = ctypes.CDLL(folder / "pack.so")
+    text = "\n".join([(SOURCES / SOURCE).read_text(encoding="utf-8"), *functions])
+    library = build(folder, text, "-O1", "-w")  # with that folder's common.cuh
 
     def run(sources: Sequence[Base], stored_bits: int, layout: RecordLayout, records: torch.Tensor) -> None:
         arguments = pack_arguments(sources, stored_bits, layout, records)

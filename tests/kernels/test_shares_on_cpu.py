@@ -4,19 +4,15 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
 from itertools import product
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from on_cpu import build, needs_compiler
 
-from moepress.kernels.cuda.compiler import SOURCES
-
-COMPILER = shutil.which("g++")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ for C++17")
+pytestmark = needs_compiler
 GROUPS = 1, 2, 4, 8
 TEXT = """
 #include <algorithm>
@@ -41,11 +37,7 @@ Find = Callable[..., tuple[int, int, int, int]]
 @pytest.fixture(scope="module")
 def find(tmp_path_factory: pytest.TempPathFactory) -> Find:
     """First row block and stride of W, and of v, of one group."""
-    folder = tmp_path_factory.mktemp("shares")
-    (folder / "shares.cpp").write_text("\n".join([TEXT, *map(CALL.format, GROUPS)]))
-    command = [COMPILER, "-std=c++17", "-shared", "-fPIC", f"-I{SOURCES}", "-o", "shares.so", "shares.cpp"]
-    subprocess.run(command, cwd=folder, check=True)
-    library = ctypes.CDLL(folder / "shares.so")
+    library = build(tmp_path_factory.mktemp("shares"), "\n".join([TEXT, *map(CALL.format, GROUPS)]))
 
     def find(groups: int, *given: int) -> tuple[int, int, int, int]:
         found = (ctypes.c_int * 4)()
