@@ -32,6 +32,7 @@ from moepress.bench.run import Row, Setting, run_problem, warm_up
 SHAPES = ((8192, 8192), (14336, 4096), (4096, 14336), (4096, 4096))
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
 DENSE_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 640, 1024)
+PARTS = ("dense", "layers", "widths", "ranks", "mixed")
 NAMES = ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-moe-16b")
 
 
@@ -110,16 +111,19 @@ def mixed(clock: CudaClock, setting: Setting) -> Iterator[list[Figure]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="dense,layers,widths,ranks,mixed")
+    parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--tokens", type=lambda text: [int(each) for each in text.split(",")], default=None)
     parser.add_argument("--alone", action="store_true")
     parser.add_argument("--seconds", type=float, default=0.3, help="of timing for each contender on each problem")
     parser.add_argument("--note", default="")
     given = parser.parse_args()
+    parts = given.only.split(",")
+    if unknown := sorted(set(parts) - set(PARTS)):
+        parser.error(f"--only knows {', '.join(PARTS)}, and not {', '.join(unknown)}")
     clock = CudaClock(torch.device("cuda", torch.cuda.current_device()))
     setting = Setting(clock.device, clock.machine(), seconds=given.seconds)
     print(setting.machine, flush=True)
-    for part in given.only.split(","):
+    for part in parts:
         # what is measured is kept, should a later problem fail or a user lose patience
         for found in mixed(clock, setting) if part == "mixed" else timed(part, given, clock, setting):
             named = [replace(each, note="; ".join(filter(None, (each.note, given.note)))) for each in found]
