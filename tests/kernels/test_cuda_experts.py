@@ -178,7 +178,7 @@ def test_against_float64(shape: str, bits: int | str, group_size: int, dtype: to
         ("long", 2, (0, 16), 3, torch.bfloat16), ("low", 3, (32, 0), 8, torch.bfloat16),
         ("low", 4, (32, 16), 3, torch.float16), ("tall", 3, (32,), 4, torch.float16),
         ("wide", 3, (0, 8), 3, torch.bfloat16), ("low", 4, (0, 32), 4, torch.float16),
-        ("deep", 3, (32, 0), 3, torch.bfloat16),
+        ("deep", 3, (32, 0), 3, torch.bfloat16), ("wide", 3, (192, 0), 4, torch.bfloat16),
     ],
 )  # fmt: skip
 def test_compensators_against_float64(
