@@ -93,6 +93,27 @@ def test_splits_cover_all_columns(bank: choose.Bank, each: float, experts: int, 
     assert splits == 1 or size % tile.column_groups == 0
 
 
+@given(
+    bank=banks(), each=st.floats(0.01, 40), experts=st.integers(1, 512), cores=processors, bits=st.sampled_from(BITS),
+    rank=st.sampled_from([8, 32, 64, 128]),
+)  # fmt: skip
+def test_the_columns_of_v_are_shared_by_whole_stages(
+    bank: choose.Bank, each: float, experts: int, cores: int, bits: int, rank: int
+) -> None:
+    tile, columns = choose.expert_tiles(bank, each)[0], bank.any.padded_columns
+    v, u = (RecordLayout(*shape, bits, 64) for shape in ((rank, columns), (bank.any.rows, rank)))
+    split = choose.factor_split(tile, bank, choose.Bank((v,)), experts, max(1, int(each * experts)), cores)
+    records = v.records_per_row_block
+    assert split.records % choose.Bank((v,)).step == 0
+    assert (split.splits - 1) * split.records < records <= split.splits * split.records, "none is empty"
+    assert 1 <= split.splits <= choose.MAX_FACTOR_SPLITS
+    ranks, stage = choose.ranks(v, u), tile.stage_bytes(bank, choose.ranks(v, u))
+    assert stage % 1024 == 0 and stage >= tile.stage_bytes(bank)
+    if not tile.takes_bytes:
+        assert stage >= 4 * 128 * tile.tokens + 4 * bank.step * ranks.v_record_bytes, "x and 64 rows of v"
+        assert stage >= tile.row_groups * 64 * tile.tokens * 4, "what each warpgroup has of a tile of v"
+
+
 @given(bank=banks(), count=tokens, cores=processors)
 def test_a_tile_fits_any_matrix(bank: choose.Bank, count: int, cores: int) -> None:
     tiles, records = choose.dense_tiles(bank, count, cores), bank.any.records_per_row_block
@@ -158,7 +179,7 @@ def test_known_layers() -> None:
     """What was measured: a change of the rules has to measure again."""
     small = choose.Bank((RecordLayout(2048, 768, 3, 64),))
     gate_up, down = (choose.Bank((RecordLayout(*shape, 3, 64),)) for shape in ((28672, 4096), (4096, 14336)))
-    assert choose.expert_tiles(gate_up, 2.0)[0] == choose.expert_tiles(down, 2.0)[0] == choose.Tile(8, 1, 2, 2)
+    assert {choose.expert_tiles(each, 2.0)[0] for each in (gate_up, down)} == {choose.Tile(8, 1, 2, 1, blocks=2)}
     codes, scaled = choose.Tile(24, 1, 4, 1, scales_sums=True), choose.Tile(32, 1, 4, 1)
     assert [choose.expert_tiles(gate_up, each)[0] for each in (6.5, 16.0, 20.0)] == [codes, codes, scaled]
     assert choose.expert_tiles(gate_up, 16.0, bf16=False)[0] == scaled, "float16 has no room for sums with bases"

@@ -26,11 +26,11 @@ pytestmark = [
 TOKENS = (1, 2, 4, 7, 8, 9, 33, 130, 600)
 SHAPES = {"ragged": (6, 2, 136, 40), "many": (64, 8, 256, 72), "wide": (8, 4, 512, 640), "one": (4, 1, 64, 200),
           "long": (128, 8, 128, 896), "low": (16, 2, 128, 192), "tall": (6, 4, 5120, 640),
-          "deep": (4, 2, 256, 1600)}  # fmt: skip
+          "deep": (4, 2, 256, 1600), "square": (8, 2, 4096, 2048)}  # fmt: skip
 """Experts, chosen for a token, hidden, intermediate. "wide" is large enough at 7 and 8 tokens to pass on bytes of h;
 "long" and, without passing on, "tall" have more row blocks a group of warps at 8 than may wait for u t; "low" has
 teams of 32, 16 and 8 warps at 2, 4 and 7 tokens, and "tall" those of 24, where inputs take much of the memory; in
-"deep" two warpgroups share down's columns."""
+"deep" two warpgroups share down's columns, and in "square" down's v is multiplied in parts at 33 tokens."""
 MIXED = "mixed"
 CASES = [
     *((shape, bits, 64, torch.bfloat16) for shape in ("ragged", "wide") for bits in BITS),
@@ -179,6 +179,7 @@ def test_against_float64(shape: str, bits: int | str, group_size: int, dtype: to
         ("low", 4, (32, 16), 3, torch.float16), ("tall", 3, (32,), 4, torch.float16),
         ("wide", 3, (0, 8), 3, torch.bfloat16), ("low", 4, (0, 32), 4, torch.float16),
         ("deep", 3, (32, 0), 3, torch.bfloat16), ("wide", 3, (192, 0), 4, torch.bfloat16),
+        ("square", 3, (32, 0, 96), 3, torch.bfloat16), ("square", 1, (16,), 8, torch.float16),
     ],
 )  # fmt: skip
 def test_compensators_against_float64(
@@ -192,6 +193,8 @@ def test_compensators_against_float64(
     monkeypatch.setenv(registry.OVERRIDE, "cuda")  # or another implementation could run in the kernels' place
     if shape in ("long", "tall"):
         assert row_blocks_of_a_group(shape, int(bits), 8) > choose.PENDING, "these are to be tested"
+    if shape == "square":
+        assert parts_of_v(shape, int(bits), 33, dtype) > 1, "these are to be tested"
     made = bank(shape, bits, 64, ranks, factor_bits).cuda()
     exact, rounded = dense(made, torch.float64), dense(made, dtype)
     with torch.no_grad():
@@ -212,7 +215,7 @@ def test_compensators_of_one_half(halves: tuple[int, int], monkeypatch: pytest.M
     made = bank("wide", 3, 64, (32,), 3, halves).cuda()
     exact, rounded = dense(made, torch.float64), dense(made, torch.bfloat16)
     with torch.no_grad():
-        for tokens in (1, 4, 8, 9, 1):
+        for tokens in (1, 4, 8, 9, 33, 1):
             for turn in range(3):
                 x, ids, weights = routed("wide", tokens, "usual", torch.bfloat16)
                 x = x.roll(turn, 1)  # what an earlier call left of t would be wrong
@@ -232,6 +235,17 @@ def row_blocks_of_a_group(shape: str, bits: int, tokens: int) -> float:
     team = choose.gemv_candidates("GATE_UP", gate_up, *given)[0]
     assert choose.gemv_candidates("DOWN", down, *given), "else another kernel runs"
     return int((-(-counts // 4)).sum()) * gate_up.row_blocks / (processors_of(0) * team.groups)
+
+
+def parts_of_v(shape: str, bits: int, tokens: int, dtype: torch.dtype) -> int:
+    """Of down, in `grouped`, with ranks up to 64."""
+    from moepress.kernels.cuda.functions import processors_of
+
+    experts, chosen, hidden, inner = SHAPES[shape]
+    down, v = choose.Bank((RecordLayout(hidden, inner, bits, 64),)), choose.Bank((RecordLayout(64, inner, 4, 64),))
+    tile = choose.expert_tiles(down, tokens * chosen / experts, bf16=dtype == torch.bfloat16)[0]
+    assert tile.multiplies_v("DOWN") and not tile.takes_bytes
+    return choose.factor_split(tile, down, v, experts, tokens * chosen, processors_of(0)).splits
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 8])
@@ -275,7 +289,7 @@ def test_compensators_of_tokens_do_not_depend_on_each_other(
     monkeypatch.setenv(registry.OVERRIDE, "cuda")
     made = bank("wide", 3, 64, ranks, 3).cuda()
     with torch.no_grad():
-        for tokens in (2, 3, 5, 8, 9):
+        for tokens in (2, 3, 5, 8, 9, 33):
             x, ids, weights = routed("wide", tokens, "usual", torch.bfloat16)
             ids[0] = -1
             y = made(x, ids, weights)

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from moepress.kernels.banks import describe, rebuild
-from moepress.kernels.cuda import choose, few, grouped, many
+from moepress.kernels.cuda import choose, compensate, few, grouped
 from moepress.kernels.cuda.bank import BankArgument, Factors, RecordBank
-from moepress.kernels.cuda.rows import Rows
 from moepress.kernels.records import RecordLayout
 
 EXPERTS, SLOTS, HIDDEN, INNER, RANK = 8, 2, 256, 320, 32
@@ -174,14 +173,14 @@ def test_a_dense_layer_resets_its_own_counters(launches: list[tuple[Any, Any]]) 
 def test_rows_of_t_have_room_for_what_lanes_load(launches: list[tuple[Any, Any]], rank: int, columns: int) -> None:
     """A lane loads 8 columns at least, four lanes a row; the kernels are told how many u has."""
     made = factors(HIDDEN, INNER, rank)
-    x, done = torch.empty(1, INNER, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int32)
+    x = torch.empty(1, INNER, dtype=torch.bfloat16)
     own = few._empty_t(x, 16, made)
     assert own is not None and own.shape == (16, columns)
     run_experts(1, (None, made))
     assert launches[1][1].columns == rank
-    rows = Rows(None, torch.empty(16, INNER, dtype=torch.bfloat16), torch.empty(0))
-    added = many.compensate(rows, choose.Tile(8, 1, 2, 2), made, done=done)
-    assert added is not None and added.t.shape == (16, columns) and grouped._compensators(added).columns == rank
+    half = compensate.Half("DOWN", choose.Tile(8, 1, 2, 1), bank(HIDDEN, INNER), made)
+    added = compensate._to_make(x, 16, half, None, torch.zeros(1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32))
+    assert added.t.shape == (16, columns) and grouped._compensators(added).columns == rank
 
 
 def test_rows_of_t_of_wide_tiles_are_those_of_u() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from moepress.kernels.cuda import choose, many, run
+from moepress.kernels.cuda import choose, compensate, grouped, many, run
 from moepress.kernels.cuda.bank import Factors, RecordBank
 from moepress.kernels.cuda.rows import Route, Rows
 from moepress.kernels.records import RecordLayout
@@ -49,6 +49,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     monkeypatch.setattr(many, "combine", lambda *_: found.append(("combine", False)))
     monkeypatch.setattr(many, "find_tile", lambda x, bank, mode, tiles, ranks=None: (tiles[0], 2))
     monkeypatch.setattr(many, "processors_of", lambda device: 132)
+    for name in ("grouped", "find_tile", "combine", "processors_of"):
+        monkeypatch.setattr(compensate, name, getattr(many, name))
     return found
 
 
@@ -66,9 +68,57 @@ def test_weights_are_asked_for_early_unless_the_launch_ahead_makes_the_route(
     assert launches[0][0] == "place_rows" and launches[-1][0] == "combine"
     assert [told for _, told in products] == [True] + [False] * (len(products) - 1), "the first of them alone"
     assert launches[1] == products[0], "and it follows at once"
-    takes_bytes = choose.expert_tiles(banks[0].shape, tokens * SLOTS / EXPERTS)[0].takes_bytes
-    names = ["GATE_UP", "DOWN"] if takes_bytes or not rank else ["PLAIN", "GATE_UP", "PLAIN", "DOWN"]
+    names: list[str] = []
+    for half, of in zip(many.HALVES, banks, strict=True):
+        own = choose.expert_tiles(of.shape, tokens * SLOTS / EXPERTS)[0].multiplies_v(half)
+        names += [half] if own or not rank else ["PLAIN", half]
     assert [kernel for kernel, _ in products] == names
+
+
+@pytest.mark.parametrize("rank", [8, 32, 96])
+@pytest.mark.parametrize("tokens", [9, 40, 60, 300])
+def test_halves_that_make_t_have_room_for_it(monkeypatch: pytest.MonkeyPatch, tokens: int, rank: int) -> None:
+    """Counters of each half that no other uses, and parts of t for every tile of v that there can be."""
+    monkeypatch.setattr(compensate, "processors_of", lambda device: 132)
+    side, pairs, x = 4096, tokens * SLOTS, torch.empty(tokens, 4096, dtype=torch.bfloat16)
+    both = factors(2 * side, side, 2 * rank), factors(side, side, rank)
+    halves = [
+        compensate.Half(mode, choose.expert_tiles(of.shape, pairs / EXPERTS)[0], of, own)
+        for mode, of, own in zip(many.HALVES, (bank(2 * side, side), bank(side, side)), both, strict=True)
+    ]
+    planned, counters = compensate.plan_t(x, pairs, *halves)
+    if tokens == 300:
+        assert planned == [None, None] and counters is None, "made by launches of its own"
+        return
+    assert counters is not None and counters.dtype == torch.int32
+    used = torch.zeros_like(counters)
+    for i, (half, added) in enumerate(zip(halves, planned, strict=True)):
+        assert added is not None and added.done is not None and half.factors is not None
+        assert added.done.data_ptr() == counters[i:].data_ptr()
+        used[i] += 1
+        if half.tile.takes_bytes:
+            assert added.split is None and added.t.shape == (pairs, half.factors.t_columns)
+            continue
+        assert added.split is not None and added.t.shape == (pairs, half.factors.u_columns)
+        told = grouped._compensators(added)
+        assert (told.columns, told.v_row_blocks) == (half.factors.u_columns, half.factors.u_columns // 16)
+        assert (told.v_splits, told.v_split_records) == (added.split.splits, added.split.records)
+        if added.split.splits == 1:
+            assert added.parts is None and told.parts is None
+            continue
+        # the kernel's number of the last tile there can be, of the last expert and pair
+        last = (EXPERTS - 1 + (pairs - 1) // half.tile.tokens + 1) * (half.factors.u_columns // 64)
+        assert added.arrived is not None and added.parts is not None
+        assert len(added.arrived) >= last * half.tile.warps
+        octets = half.tile.row_groups * -(-half.tile.tokens // (8 * half.tile.row_groups))
+        assert len(added.parts) >= last * added.split.splits * 64 * 8 * octets
+        at = (added.arrived.data_ptr() - counters.data_ptr()) // 4
+        used[at : at + len(added.arrived)] += 1
+    assert used.eq(1).all()
+    if tokens > 40:
+        assert planned[1] is not None and planned[1].split is not None and planned[1].split.splits > 1, (
+            "as many tiles as blocks"
+        )
 
 
 @pytest.mark.parametrize(("rank", "columns"), [(8, 64), (64, 64), (72, 128)])

@@ -116,3 +116,8 @@ class Factors(NamedTuple):
     def t_columns(self) -> int:
         """Of a row of t, as `t_columns` in factor.cuh has it."""
         return max(32, self.v.layouts[0].rows)
+
+    @property
+    def u_columns(self) -> int:
+        """Of a row of t where it is taken in whole records of u: v's padding of zero rows makes zeros of theirs."""
+        return self.u.layouts[0].padded_columns

@@ -34,6 +34,8 @@ MOST_TOKENS = 1 << 15
 """Tokens for which a dense layer's tiles are known beforehand."""
 _NARROW = {80: 64, 128: 96, 144: 128}
 """Tokens up to which wide tiles run with smaller products, as `NARROW` in grouped_tiles.cuh has it."""
+MAX_FACTOR_SPLITS = 16
+"""Parts of v's columns in wide tiles, at most."""
 RESERVED = 1024
 """Shared bytes that the system keeps of each block, and those lost to aligning the ring of `grouped`."""
 HOPPER, OWN = 227 << 10, 12 << 10
@@ -239,6 +241,27 @@ class Tile:
         """Whether a tile of gate and up can make bytes of its results: it has whole units of 64 of them."""
         return self.takes_bytes and self.row_blocks % 8 == 0
 
+    def multiplies_v(self, mode: Mode) -> bool:
+        """Whether t = v x of compensators is made in W's launch, as `V_BITS` in grouped.cu has it; else before it.
+
+        Not where rows are two a warpgroup: there tiles of v, which have 64, took 3 % more than a launch (docs/LOG.md).
+        """
+        return self.takes_bytes or (mode in ("GATE_UP", "DOWN") and self.row_tiles == 1)
+
+    @property
+    def warps(self) -> int:
+        """That multiply."""
+        return 4 * self.row_groups * self.column_groups
+
+    def v_tiles(self, v: Bank, experts: int, pairs: int) -> int:
+        """Tiles of v of compensators at most, as `multiply_v` in grouped_compensate.cuh numbers them."""
+        return (experts + pairs // self.tokens) * -(-v.row_blocks // BLOCKS)
+
+    @property
+    def v_floats(self) -> int:
+        """Of the results of a tile of v: 64 rows by as many octets of tokens for each warpgroup."""
+        return 64 * 8 * self.row_groups * -(-self.tokens // (8 * self.row_groups))
+
     @property
     def threads(self) -> int:
         many_registers = self.row_tiles * self.tokens >= 128 or self.scales_sums
@@ -250,10 +273,12 @@ class Tile:
         return f"{shape}, {str(self.scales_sums).lower()}"
 
     def stage_bytes(self, bank: Bank, ranks: Ranks | None = None) -> int:
-        """Shared bytes of one stage of the ring, as `Config` in grouped_tiles.cuh has it."""
+        """Shared bytes of one stage of the ring, as `Config` in grouped_tiles.cuh has it; with `ranks` of v too."""
         columns, records = self.column_groups, self.column_groups * bank.step
-        record = max(bank.record_bytes, ranks.v_record_bytes if ranks and self.takes_bytes else 0)
-        used = columns * 4 * 128 * self.tokens + records * self.row_blocks * record
+        of_v = (self.row_blocks if self.takes_bytes else BLOCKS) * ranks.v_record_bytes if ranks else 0
+        used = columns * 4 * 128 * self.tokens + records * max(self.row_blocks * bank.record_bytes, of_v)
+        if ranks and not self.takes_bytes:  # at the end of a tile of v, what each warpgroup has of it
+            used = max(used, self.row_groups * 4 * 64 * self.tokens)
         if self.scales_sums:
             used = _up(used, 128) + 8 * 4 * self.tokens
         if self.takes_bytes:
@@ -302,7 +327,7 @@ def expert_tiles(bank: Bank, tokens_each: float, *, bf16: bool = True) -> Sequen
     """
     long = bank.any.padded_columns >= 24 * 64  # short ones have tiles that end together with others' beginnings
     if tokens_each <= 6:
-        best = Tile(8, 1, 2, 2) if long else Tile(8, 1, 2, 1, blocks=2)
+        best = Tile(8, 1, 2, 1, blocks=2)
     elif tokens_each <= 28:
         codes = bf16 and bank.uniform_bits in (1, 2, 3, 4) and bank.segments == 1
         # more than fill one tile cost two: at 20 tokens on average Mixtral took 358 us instead of 258
@@ -380,6 +405,43 @@ def factor_splits(bank: Bank, tile: Tile, experts: int, pairs: int, processors: 
     wanted = max(1, min(processors // tiles, rounds // 2, 16))
     each = tile.column_groups * -(-rounds // wanted) if wanted > 2 else layout.records_per_row_block
     return -(-layout.records_per_row_block // each), each
+
+
+@dataclass(frozen=True)
+class FactorSplit:
+    """How tiles of 24 or 32 tokens share the columns of v: so many parts of so many records, the last perhaps less."""
+
+    splits: int
+    records: int
+
+
+@functools.lru_cache(1 << 14)
+def factor_split(tile: Tile, bank: Bank, v: Bank, experts: int, pairs: int, processors: int) -> FactorSplit:
+    """The one with which the launch takes least time: tiles of v come first, and W's, which end with t, wait for all.
+
+    A tile of v has 64 rows and reads all of x; of what a stage of W takes one of v takes some 0.4, a tile 1.5 besides.
+    Blocks take tiles in turn. t is asked for when a tile's last stages are still on their way.
+    """
+    tiles = sum(-(-count // tile.tokens) for count in _spread(pairs / experts)) * min(experts, pairs) // 5
+    stages, blocks = -(-v.any.records_per_row_block // v.step), processors * tile.blocks
+    of_w, row_tiles = tiles * -(-bank.row_blocks // tile.row_blocks), -(-v.row_blocks // BLOCKS)
+    ring = max(2, (HOPPER // tile.blocks - tile.declared - RESERVED) // tile.stage_bytes(bank))
+
+    def time(each: int) -> float:
+        """In what a stage of W takes, with so many stages a part."""
+        splits = -(-stages // each)
+        of_v, one = tiles * row_tiles * splits, 0.4 * each + (3 if splits > 1 else 1.5)
+        there = -(-of_v // blocks) * one
+        taken = [[-(-(count - block) // blocks) for count in (of_v, of_v + of_w)] for block in range(blocks)]
+        return max(
+            (both - first - 1) * stages + max(first * one + stages, there + min(ring, stages))
+            for first, both in taken
+            if both > first
+        )
+
+    parts = {max(min(2, stages), -(-stages // splits)) for splits in range(1, MAX_FACTOR_SPLITS + 1)}
+    each = min(sorted(parts, reverse=True), key=time)
+    return FactorSplit(-(-stages // each), each * v.step)
 
 
 @functools.lru_cache(1 << 14)

@@ -258,6 +258,16 @@ template <int N> __device__ __forceinline__ void load_shared(u32 (&x)[N], u32 ad
     }
 }
 
+__device__ __forceinline__ void store_shared(u32 address, const float (&x)[4]) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
+                 ::"r"(address), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
+}
+// Four matrices of 8 by 8 numbers of 16 bits; lane 8 i + r gives the address of row r of the i-th.
+__device__ __forceinline__ void load_matrices(u32 (&x)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address));
+}
+
 __device__ __forceinline__ void mbarrier_init(u32 bar, u32 count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
 }
@@ -283,6 +293,8 @@ __device__ __forceinline__ void mbarrier_wait(u32 bar, u32 parity) {
     asm volatile("{.reg .pred done; again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @done bra over; "
                  "bra again; over:}" ::"r"(bar), "r"(parity) : "memory");
 }
+// What other threads have written, and this one knows of, is there for copies that it asks for.
+__device__ __forceinline__ void copies_follow() { asm volatile("fence.proxy.async;" ::: "memory"); }
 __device__ __forceinline__ u64 evict_first() {
     u64 policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

@@ -26,6 +26,13 @@ template <int B> struct FactorUnit {
         low = __ldg(reinterpret_cast<const u32*>(record + 128 * U * B + 4 * (U * (lane / 4) + u)));
         high = __ldg(reinterpret_cast<const u32*>(record + 128 * U * B + 4 * (U * (lane / 4 + 8) + u)));
     }
+    // The same from shared memory.
+    template <int U> __device__ __forceinline__ void load_shared_unit(u32 record, int u, int lane) {
+        auto word = [&](u32& x, u32 at) { load_shared<1>(reinterpret_cast<u32(&)[1]>(x), record + at); };
+#pragma unroll
+        for (int c = 0; c < B; ++c) word(words[c], (u * B + c) / U * 128 * U + lane * 4 * U + (u * B + c) % U * 4);
+        word(low, 128 * U * B + 4 * (U * (lane / 4) + u)), word(high, 128 * U * B + 4 * (U * (lane / 4 + 8) + u));
+    }
     // Codes less the middle one, as A operands of four steps of 16 columns. Of those that are known to be zero the compiler
     // drops the work: 4 % of a dense layer of 4096x4096 at four tokens.
     template <bool BF16, Shape S = WHOLE> __device__ __forceinline__ void operands(u32 (&a)[16]) const {
@@ -38,6 +45,14 @@ template <int B> struct FactorUnit {
             if (B < 8 || !BF16) a[i] = H::fma(a[i], H::ONE, minus);  // bytes come less 128 in bfloat16
             if ((S == HALF && pair >= 4) || (S == GATED && pair / 4 != i % 2)) a[i] = 0;
         }
+    }
+    // The same times their scales.
+    template <bool BF16> __device__ __forceinline__ void scaled(u32 (&a)[16]) const {
+        using H = Half<BF16>;
+        const u32 scales[2] = {H::pack(scale(0), scale(0)), H::pack(scale(1), scale(1))};
+        operands<BF16>(a);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) a[i] = H::fma(a[i], scales[i % 2], 0);
     }
     // c = 16 rows by 8 tokens: 64 columns times t's, of which a lane has columns 8 i + 2 (lane % 4) and the next of token
     // lane / 4 in b[i].
@@ -106,6 +121,13 @@ __device__ __forceinline__ int load_acquire(const int* from) {
 // Counts one more, after all that the warp has stored. (A fence and an addition took 0.1 us more.)
 __device__ __forceinline__ void add_release(int* to) {
     asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(to) : "memory");
+}
+
+// Counts one more, after all that the warp has stored and before what it will read; how many there were. By one lane.
+__device__ __forceinline__ int add_and_see(int* to) {
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(to) : "memory");
+    return before;
 }
 
 // Until a counter of what is done of t has come so far; and whether it has.

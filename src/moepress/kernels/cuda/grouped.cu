@@ -11,9 +11,9 @@
 // scale * (sum - zero * sum of x - sum of base * x) is added to the tile's (ours; sums of x come with x, as with bytes). That
 // is three operations for each sum instead of two for each pair of weights, so it pays while columns are few.
 //
-// Compensators W + u v: u times t = v x is added to the sums of W x while they are in registers. In wide tiles t is the last
-// stages, made by a launch before. Tiles of 8 tokens multiply v in the same launch, as its first tiles: they go to the blocks
-// that start first, so nobody waits for a block that waits for a free multiprocessor.
+// Compensators W + u v: u times t = v x is added to the sums of W x while they are in registers; from 24 tokens a tile on t is the
+// last stages. Experts' tiles of up to 32 tokens multiply v in the same launch, as its first tiles: they go to the blocks that
+// start first, so nobody waits for a block that waits for a free multiprocessor. Other tiles' t is made by a launch before.
 #include "grouped_compensate.cuh"
 #include "grouped_products.cuh"
 #include "grouped_store.cuh"
@@ -28,22 +28,27 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
     const bool asks = elect();
     int stage = 0;
     u32 phase = 1;
+    bool t_is_there = !C::MULTIPLIES_V;
     for (int index = blockIdx.x; index < schedule.total(); index += gridDim.x) {
         Work work = schedule.at(index);
         const bool of_v = C::MULTIPLIES_V && work.split;
         const Expert e = of_v ? p.add.v.expert(work.expert) : p.bank.expert(work.expert);
         if (of_v && !e.records) {
             await_producers();
-            if (lane == 0) atomicAdd(p.add.done, min(4 * WGS, p.add.v_row_blocks - work.row_block));
+            const int parts = C::BYTES ? min(4 * WGS, p.add.v_row_blocks - work.row_block) : work.split == 1 ? 4 * WGS : 0;
+            if (lane == 0) atomicAdd(p.add.done, parts);
             continue;
         }
         work.bits = e.word_bits, work.centre = e.centre;
         work.u = FB > 0 && (MODE != DENSE || C::BYTES || work.split == 0) ? p.add.u.expert(work.expert).records : nullptr;
         const u32 size = of_v ? Record<U, UNIT>::bytes(FB) : Record<U, G>::bytes(B ? B : e.word_bits);
-        const int groups = min(MI * WGS, ((of_v ? p.add.v_row_blocks : p.row_blocks) - work.row_block + 3) / 4);
+        const int most = of_v ? C::V_BLOCKS / 4 : MI * WGS;
+        const int groups = min(most, ((of_v ? p.add.v_row_blocks : p.row_blocks) - work.row_block + 3) / 4);
         const u8* from = e.records + (u64)work.row_block * p.records * size;
         constexpr bool SPLIT = MODE == PLAIN || (MODE == DENSE && !C::BYTES);
-        const int first = work.template first_record<SPLIT>(p), end = first + work.template records<SPLIT>(p);
+        const bool part = !C::BYTES && of_v;
+        const int first = part ? (work.split - 1) * p.add.v_split_records : work.template first_record<SPLIT>(p);
+        const int end = part ? min(p.records, first + p.add.v_split_records) : first + work.template records<SPLIT>(p);
         const bool narrow = NARROW<NT, MI, B> < NT && work.tokens <= NARROW<NT, MI, B>;
         const u32 x_bytes = narrow ? KW * 4 * NARROW<NT, MI, B> * 128 : C::X_BYTES;
         constexpr int RECORDS = KW * C::STEP;
@@ -82,7 +87,12 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
             if (++stage == p.stages) stage = 0, phase ^= 1;
         }
         if constexpr (FB > 0 && !C::BYTES) {
-            const int units = work.u ? (p.add.columns + UNIT - 1) / UNIT : 0;
+            const int units = work.u && !of_v ? (p.add.columns + UNIT - 1) / UNIT : 0;
+            if (units && !t_is_there) {
+                await_count(p.add.done, schedule.token_tiles * (p.add.v_row_blocks / 4) * 4 * WGS, lane);
+                copies_follow();
+                t_is_there = true;
+            }
             for (int unit = 0; unit < units; ++unit) {
                 const u32 full = bars + 16 * stage;
                 mbarrier_wait(full + 8, phase);
@@ -108,7 +118,8 @@ template <int B, int MAX_B, int U, int G, bool BF16, int NT, int MODE, int MI, i
 __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THREADS, BLOCKS)
     grouped(const Arguments p, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap other_map,
             const __grid_constant__ TensorMap t_map) {
-    using C = Config<U, G, NT, MI, WGS, KW, FB, AFTER>;
+    constexpr int V_BITS = NT == 8 || (MODE != DENSE && MI == 1) ? FB : 0;  // where v is multiplied here, `multiplies_v`
+    using C = Config<U, G, NT, MI, WGS, KW, V_BITS, AFTER>;
     static_assert(!AFTER || (MI == 1 && WGS == 4 && KW == 1 && BLOCKS == 1), "as registers are handed over below");
     static_assert(!AFTER || (BF16 && 1 <= B && B <= 4 && G != 32), "codes have a base, and units one scale");
     constexpr u32 STAGE = C::stage_bytes(MAX_B);
@@ -120,8 +131,9 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
     constexpr bool BYTES_NEXT = MODE == GATE_UP && C::BYTES && C::H_UNITS > 0;
     constexpr bool SUMS_NEXT = MODE == GATE_UP && AFTER && C::H_UNITS > 0;
     constexpr bool SPLIT = MODE == PLAIN || (MODE == DENSE && !C::BYTES);
+    constexpr bool ADDS = C::BYTES && FB > 0;  // u t, from registers
     // v is multiplied in the loop of W where records are alike: a second loop took registers of the first, 2 % of the time
-    constexpr bool ONE_LOOP = C::MULTIPLIES_V && FB == B && G == UNIT;
+    constexpr bool ONE_LOOP = ADDS && FB == B && G == UNIT;
     __shared__ Columns all_columns[2][MODE == DOWN ? NT : 1];            // of this tile and the next
     __shared__ __align__(16) uint4 all_octets[2][BYTES_NEXT ? C::ROW_BLOCKS * NT : 1];  // likewise; [unit][token][row block]
     __shared__ float all_sums[2][SUMS_NEXT ? C::ROW_BLOCKS * NT : 1];                     // likewise; [row block][token]
@@ -139,7 +151,8 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
     Schedule<NT, NARROW<NT, MI, B>, C::ROW_BLOCKS, MODE> schedule;
     auto row_tiles = [](int row_blocks) { return (row_blocks + C::ROW_BLOCKS - 1) / C::ROW_BLOCKS; };
     schedule.own_row_tiles = row_tiles(p.row_blocks) * (MODE == PLAIN ? p.splits : 1);
-    schedule.v_row_tiles = C::MULTIPLIES_V ? row_tiles(p.add.v_row_blocks) : 0;
+    schedule.v_splits = C::BYTES ? 1 : p.add.v_splits;
+    schedule.v_row_tiles = C::MULTIPLIES_V ? (p.add.v_row_blocks + C::V_BLOCKS - 1) / C::V_BLOCKS * schedule.v_splits : 0;
     schedule.first = firsts, schedule.tiles = tiles, schedule.num_experts = p.num_experts, schedule.all_tokens = p.tokens;
     schedule.splits = p.splits, schedule.first_tile = p.first_tile, schedule.some = p.tiles;
     schedule.token_tiles = MODE == DENSE ? (p.tokens + NT - 1) / NT : tiles[p.num_experts];
@@ -174,9 +187,17 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
     accumulate_bytes<C, __VA_ARGS__, Record<U, G>::SEGMENTS, WGS, KW>(acc, own_ring, STAGE, C::sums_at(MAX_B), own_bars,     \
                                                                       p.stages, stage, phase, records, wg, kw, lane, warp, live)
             const int row_block = work.row_block + wg * MI * 4 + warp;  // of this warp and its first row tile
-            const bool of_v = C::MULTIPLIES_V && work.split, adds = C::MULTIPLIES_V && work.u && !(ONE_LOOP && of_v);
+            const bool of_v = C::MULTIPLIES_V && work.split, adds = ADDS && work.u && !(ONE_LOOP && of_v);
             const bool live = work.row_block + wg * 4 < (of_v ? p.add.v_row_blocks : p.row_blocks);
-            if constexpr (C::MULTIPLIES_V && !ONE_LOOP)
+            if constexpr (C::MULTIPLIES_V && !C::BYTES)
+                if (of_v) {
+                    const int v_records = min(p.add.v_split_records, p.records - (work.split - 1) * p.add.v_split_records);
+                    multiply_v<C, FB, U, BF16, NT, WGS>(p, work, own_ring, STAGE, own_bars, stage, phase, v_records, wg, warp, lane);
+                    // here, of numbers that the compiler knows to be the same for the whole warp, which it forgets in there
+                    stage += (v_records + C::STEP - 1) / C::STEP, phase ^= stage / p.stages & 1, stage %= p.stages;
+                    continue;
+                }
+            if constexpr (ADDS && !ONE_LOOP)
                 if (of_v) {
                     float acc[1][NT / 2] = {};
                     BYTES(FB, U, UNIT);
@@ -186,7 +207,7 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
                 }
             Compensator<FB ? FB : 1, FU ? FU : 1, BF16> compensator;
             const int u_row_block = row_block < p.row_blocks ? row_block : row_block % 4;
-            if constexpr (C::MULTIPLIES_V)
+            if constexpr (ADDS)
                 if (kw == 0 && adds) {
                     compensator.load_unit(p.add, work, u_row_block, 0, lane);
                     if (t_is_there) compensator.load_row(p.add, work, 0, lane);
@@ -230,7 +251,7 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
                         store_sum<BF16, N, MI, WGS>(p, work, acc, ring, shared_address(corners[thread / WARP]), wg, thread);
                         return;
                     }
-                if constexpr (C::MULTIPLIES_V)
+                if constexpr (ADDS)
                     if (adds) {
                         if (!t_is_there) {
                             await_count(p.add.done, schedule.token_tiles * p.add.v_row_blocks, lane);

@@ -31,7 +31,8 @@ _Sizes = structure(
 class _Compensators(ctypes.Structure):
     _fields_ = (
         ("u", BankArgument), ("u_records", ctypes.c_int), ("columns", ctypes.c_int), ("v", BankArgument),
-        ("t", ctypes.c_void_p), ("done", ctypes.c_void_p), ("v_row_blocks", ctypes.c_int),
+        ("t", ctypes.c_void_p), ("done", ctypes.c_void_p), ("v_row_blocks", ctypes.c_int), ("v_splits", ctypes.c_int),
+        ("v_split_records", ctypes.c_int), ("parts", ctypes.c_void_p), ("arrived", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -48,9 +49,15 @@ class Added(NamedTuple):
 
     factors: Factors
     t: torch.Tensor
-    """v x [P, columns of u's records]; where tiles have 8 tokens still to be made, [P, t_columns] by `t_place`."""
+    """v x, there or to be made: [P, u_columns]; for tiles of 8 tokens [P, t_columns] by `t_place`."""
     done: torch.Tensor | None
     """int32, a zero that counts what is done of t; None: t is there."""
+    split: choose.FactorSplit | None = None
+    """Of v, where tiles of 24 or 32 tokens make t."""
+    parts: torch.Tensor | None = None
+    """Room for t's parts where splits are several, float32."""
+    arrived: torch.Tensor | None = None
+    """int32, zeros that count them."""
 
 
 class Next(NamedTuple):
@@ -86,7 +93,7 @@ def grouped(
     x = rows.bytes if tile.takes_bytes else rows.plain
     assert x is not None, f"{mode} takes {'bytes' if tile.takes_bytes else '16 bits'}, which nobody has made"
     device, shape, layout = x.device.index, bank.shape, bank.shape.any
-    ranks = added and added.factors.ranks
+    ranks = added.factors.ranks if added else None
     function, _ = find_kernel("grouped.cu", grouped_instance(mode, shape, x.dtype, tile, ranks), device)
     ld = ld if ld is not None else y.shape[1]
     assert ld % 8 == 0, f"rows of {ld} results do not leave as eight neighbours"
@@ -108,7 +115,7 @@ def grouped(
     else:
         other_map = map_rows(x, tile.narrow, units)
     t_map = map_rows(added.t, tile.tokens, 1) if added and not tile.takes_bytes else x_map  # x_map: nobody reads it
-    shared = stages * tile.stage_bytes(shape, ranks) + choose.RESERVED
+    shared = stages * tile.stage_bytes(shape, ranks if tile.multiplies_v(mode) else None) + choose.RESERVED
     blocks, cluster = tile.blocks * processors_of(device), 1
     if mode == "DENSE" and part and part.splits > 1:
         cluster, blocks = part.splits, part.splits * part.tiles
@@ -120,10 +127,13 @@ def grouped(
 def _compensators(added: Added | None) -> _Compensators:
     if added is None:
         return _Compensators()
-    (v, u), t, done = added
-    columns = t.shape[1] if done is None else v.layouts[0].rows
-    given = v.argument, t.data_ptr(), address(done)
-    return _Compensators(u.argument, u.layouts[0].records_per_row_block, columns, *given, v.shape.row_blocks)
+    (v, u), t, done, split, parts, arrived = added
+    columns, row_blocks = v.layouts[0].rows, v.shape.row_blocks
+    if done is None or split:  # t is taken in units of 64, with zeros from v's padding
+        columns, row_blocks = t.shape[1], t.shape[1] // 16
+    given = v.argument, t.data_ptr(), address(done), row_blocks
+    parted = (split.splits, split.records, address(parts), address(arrived)) if split else ()
+    return _Compensators(u.argument, u.layouts[0].records_per_row_block, columns, *given, *parted)
 
 
 def _next(then: Next | None) -> ctypes.Structure:
@@ -145,7 +155,8 @@ def find_tile(
     device = x.device.index
     for tile in tiles:
         _, static = find_kernel("grouped.cu", grouped_instance(mode, bank.shape, x.dtype, tile, ranks), device)
-        if (stages := tile.stages(bank.shape, shared_bytes_of(device) // tile.blocks - static, ranks)) >= 2:
+        room, of_v = shared_bytes_of(device) // tile.blocks - static, ranks if tile.multiplies_v(mode) else None
+        if (stages := tile.stages(bank.shape, room, of_v)) >= 2:
             return tile, stages
     raise KernelError(f"no tile of {bank.shape.any} fits into {shared_bytes_of(device)} bytes of shared memory")
 

@@ -141,9 +141,7 @@ __device__ __forceinline__ void store_sum(const Arguments& p, const Work& work, 
     for (int mi = 0; mi < MI; ++mi)
 #pragma unroll
         for (int octet = 0; octet < N / 8; ++octet) {
-            const float* y = acc[mi] + 4 * octet;
-            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
-                         ::"r"(at(mi, octet)), "f"(y[0]), "f"(y[1]), "f"(y[2]), "f"(y[3]) : "memory");
+            store_shared(at(mi, octet), reinterpret_cast<const float(&)[4]>(acc[mi][4 * octet]));
         }
     await_cluster<false>();
     for (int octet = work.split; 8 * octet < work.tokens; octet += p.splits) {

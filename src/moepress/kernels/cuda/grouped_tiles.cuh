@@ -16,12 +16,16 @@ struct Next {
 
 struct Compensators {
     Bank u;  // [num_experts] rows of W by columns of t; an expert without records has none
-    int u_records, columns;  // of t: 8, 16, 32 or a multiple of 64
-    // tiles of 8 tokens
+    int u_records, columns;  // of t: in tiles of 8 tokens 8, 16, 32 or a multiple of 64, else a multiple of 64
+    // where v is multiplied by the same launch (`Config`)
     Bank v;           // as u, rows of t by k
-    u16* t;           // [pairs or tokens, t_columns] in the order of `t_place`
-    int* done;        // row blocks of t that are stored, of all tokens' tiles; 0 before
+    u16* t;           // tiles of 8 tokens [pairs or tokens, t_columns] in the order of `t_place`, others [pairs, columns]
+    int* done;        // row blocks of t that are stored, of all tokens' tiles, 0 before; but for tiles of 8 by each warpgroup
     int v_row_blocks;
+    // but for tiles of 8 tokens
+    int v_splits, v_split_records;  // parts of v's columns, and records of one
+    float* parts;                   // of t, where splits are several: [tiles of v][splits][warps][octets of a warp][32][4]
+    int* arrived;                   // [tiles of v][warps] how many of the splits are there, 0 before
 };
 
 struct Arguments {
@@ -55,12 +59,12 @@ struct alignas(64) TensorMap {
     u8 opaque[128];
 };
 
-// One tile of work: an expert, a range of its sorted pairs, a range of row blocks; PLAIN: a part of the columns. The producer
-// finds it and leaves it with the tile's first stage: found by every warp it took a third of the instructions of short K.
+// One tile of work: an expert, a range of its sorted pairs, a range of row blocks, a part of the columns. The producer finds it and
+// leaves it with the tile's first stage: found by every warp it took a third of the instructions of short K.
 struct alignas(16) Work {
     int expert;  // -1: no more
     int token, tokens, row_block;
-    int split;   // PLAIN, DENSE; tiles of 8 tokens: 1 of v
+    int split;   // the part; of v one more, and 0 says that the tile is of W
     int bits, centre;
     const u8* u;  // of its compensator; null: none
 
@@ -86,8 +90,9 @@ constexpr int NARROW = MI == 1 || B == 0 || NT == 152 ? NT : NT == 144 ? 128 : N
 // expert's tiles, as few as can be are wider than N tokens. Before them all, those of v.
 template <int NT, int N, int TILE_BLOCKS, int MODE> struct Schedule {
     const int *tiles, *first;  // [num_experts + 1] token tiles and pairs before each expert
-    int own_row_tiles, v_row_tiles, token_tiles, num_experts, all_tokens, splits;
+    int own_row_tiles, v_row_tiles, v_splits, token_tiles, num_experts, all_tokens, splits;
     int first_tile, some;  // DENSE; 0: all of them
+    static constexpr int V_BLOCKS = NT == 8 ? TILE_BLOCKS : 4;
 
     __device__ int total() const { return MODE == DENSE && some ? some * splits : token_tiles * (v_row_tiles + own_row_tiles); }
 
@@ -108,8 +113,9 @@ template <int NT, int N, int TILE_BLOCKS, int MODE> struct Schedule {
         const int own = tiles[low + 1] - tiles[low], rest = index - tiles[low] * row_tiles, tile = rest % own;
         const int all = first[low + 1] - first[low], start = begin(all, tile, own);
         const int row = rest / own;
-        return {low, first[low] + start, begin(all, tile + 1, own) - start, (MODE == PLAIN ? row / splits : row) * TILE_BLOCKS,
-                MODE == PLAIN ? row % splits : of_v};
+        return {low, first[low] + start, begin(all, tile + 1, own) - start,
+                of_v ? row / v_splits * V_BLOCKS : (MODE == PLAIN ? row / splits : row) * TILE_BLOCKS,
+                of_v ? 1 + row % v_splits : MODE == PLAIN ? row % splits : 0};
     }
     // Where the i-th of n tiles begins: wide ones first.
     static __device__ int begin(int all, int i, int n) {
@@ -118,6 +124,7 @@ template <int NT, int N, int TILE_BLOCKS, int MODE> struct Schedule {
     }
 };
 
+// FB is the bits of the v that is multiplied, 0 for none.
 template <int U, int G, int NT, int MI, int WGS, int KW, int FB, bool AFTER> struct Config {
     static constexpr int ROW_BLOCKS = 4 * MI * WGS;           // of a tile
     static constexpr int CONSUMERS = WGS * KW * 128;
@@ -133,11 +140,15 @@ template <int U, int G, int NT, int MI, int WGS, int KW, int FB, bool AFTER> str
     static constexpr int SEGMENTS = U * Record<U, G>::SEGMENTS;
     static constexpr int SUM_BYTES = 4 * SUM_FLOATS * (SEGMENTS > 2 ? SEGMENTS : 2);  // of one token and record
     static constexpr int STAGE_SUMS = BYTES ? KW * STEP * NT * SUM_BYTES : AFTER ? 4 * NT * 8 : 0;  // bytes
-    static constexpr bool MULTIPLIES_V = BYTES && FB > 0;
-    // A stage: x [KW * 4][NT][64], records [MI * WGS][KW * STEP][4], sums: BYTES [KW * STEP][NT][..], AFTER [2][NT][2][2].
+    static constexpr bool MULTIPLIES_V = FB > 0;
+    static constexpr int V_BLOCKS = BYTES ? ROW_BLOCKS : 4;    // row blocks of a tile of v
+    static constexpr int V_OCTETS = (NT / 8 + WGS - 1) / WGS;  // tokens of one that a warpgroup stores, by eights; not BYTES
+    // A stage: x [KW * 4][NT][64], records [MI * WGS][KW * STEP][4], sums: BYTES [KW * STEP][NT][..], AFTER [2][NT][2][2]. When
+    // a tile of v ends, but for BYTES, what each warpgroup has of it.
     static __device__ __host__ constexpr int sums_at(int max_b) {
-        const int own = Record<U, G>::bytes(max_b), v = MULTIPLIES_V ? Record<U, UNIT>::bytes(FB) : 0;
-        return (X_BYTES + KW * STEP * ROW_BLOCKS * (own > v ? own : v) + 127) / 128 * 128;
+        const int own = ROW_BLOCKS * Record<U, G>::bytes(max_b), v = MULTIPLIES_V ? V_BLOCKS * Record<U, UNIT>::bytes(FB) : 0;
+        const int used = X_BYTES + KW * STEP * (own > v ? own : v), sums = MULTIPLIES_V && !BYTES ? WGS * 64 * NT * 4 : 0;
+        return ((used > sums ? used : sums) + 127) / 128 * 128;
     }
     static __device__ __host__ constexpr int stage_bytes(int max_b) {
         return (sums_at(max_b) + STAGE_SUMS + 1023) / 1024 * 1024;

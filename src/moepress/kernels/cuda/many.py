@@ -12,9 +12,10 @@ import torch
 
 from moepress.kernels.cuda import choose
 from moepress.kernels.cuda.bank import Factors, RecordBank
+from moepress.kernels.cuda.compensate import Half, make_t, plan_t
 from moepress.kernels.cuda.functions import is_bf16, processors_of
 from moepress.kernels.cuda.grouped import Added, Next, find_tile, grouped, grouped_instance
-from moepress.kernels.cuda.rows import Route, Rows, combine, prepare, rows_instance, sort_rows
+from moepress.kernels.cuda.rows import Rows, combine, prepare, rows_instance, sort_rows
 
 HALVES: tuple[choose.Mode, choose.Mode] = "GATE_UP", "DOWN"
 
@@ -33,15 +34,17 @@ def many_linear(
         x = torch.nn.functional.pad(x, (0, columns - x.shape[1]))
     tiles = choose.dense_tiles(bank.shape, len(x), processors_of(x.device.index))
     tile, stages = find_tile(x, bank, "DENSE", tiles, factors and factors.ranks)
-    rows, done = Rows(x, None, None), None
     if tile.takes_bytes:
         done = torch.empty(1, dtype=torch.int32, device=x.device) if factors else None
         rows = prepare(x, bank, len(x), in_bytes=True, zeros=done)
-    added = compensate(rows, tile, factors, done=done)
-    operands = rows, y, bank, out_features, len(x)
-    if tile.takes_bytes:
-        grouped("DENSE", tile, stages, *operands, bias=bias, added=added)
+        added = Added(factors, x.new_empty(len(x), factors.t_columns), done) if factors else None
+        grouped("DENSE", tile, stages, rows, y, bank, out_features, len(x), bias=bias, added=added)
         return
+    added = None
+    if factors:  # t is one more dense layer, whose clusters add up parts in float32
+        many_linear(x, t := x.new_empty(len(x), factors.u_columns), factors.u_columns, factors.v, None)
+        added = Added(factors, t, None)
+    operands = Rows(x, None, None), y, bank, out_features, len(x)
     for part in choose.dense_parts(bank.shape, tile, len(x), processors_of(x.device.index)):
         grouped("DENSE", tile, stages, *operands, bias=bias, added=added, part=part)
 
@@ -64,7 +67,8 @@ def run_many(
         find_tile(x, bank, half, choose.expert_tiles(bank.shape, each, bf16=bf16), factors and factors.ranks)
         for half, bank, factors in zip(HALVES, (gate_up, down), (gate_up_factors, down_factors), strict=True)
     )
-    counters = torch.empty(2, dtype=torch.int32, device=x.device) if gate_up_factors or down_factors else None
+    halves = Half("GATE_UP", up_tile, gate_up, gate_up_factors), Half("DOWN", tile, down, down_factors)
+    (up_added, added), counters = plan_t(x, pairs, *halves)
     bytes_up = up_tile.takes_bytes
     made = {"plain": not bytes_up, "in_bytes": bytes_up, "sums": up_tile.scales_sums}
     rows, route = sort_rows(x, ids, weights, gate_up, **made, zeros=counters)
@@ -73,71 +77,24 @@ def run_many(
     h = Rows.empty(x, pairs, down, plain=not in_bytes, in_bytes=in_bytes, sums=sums)
     if h.plain is not None and h.plain.shape[1] != intermediate:
         h.plain.zero_()  # padding meets real scales and zeros in the short last group
-    added = compensate(rows, up_tile, gate_up_factors, route, counters, after_route=True)
     then = Next(h, down) if in_bytes or sums else None
     columns = down.layouts[0].padded_columns
     operands = rows, h.plain, gate_up, intermediate, tokens
-    first = added is None or added.done is not None  # no launch between, as one for t would be
+    given = up_added or make_t(rows, gate_up_factors, route, after_route=True)
+    first = given is up_added  # no launch between
     grouped(
-        "GATE_UP", up_tile, up_stages, *operands, ld=columns, route=route, added=added, then=then, after_route=first
+        "GATE_UP", up_tile, up_stages, *operands, ld=columns, route=route, added=given, then=then, after_route=first
     )
 
     if tile.takes_bytes and not in_bytes:
         h = prepare(h.plain, down, pairs, in_bytes=True, count=route.count)
     if tile.scales_sums and not sums:
         h = h._replace(sums=prepare(h.plain, down, pairs, sums=True, count=route.count).sums)
-    added = compensate(h, tile, down_factors, route, None if counters is None else counters[1:])
+    given = added or make_t(h, down_factors, route)
     parts = x.new_empty(pairs, x.shape[1])
     operands = h, parts, down, x.shape[1], tokens
-    grouped("DOWN", tile, stages, *operands, route=route, added=added)
+    grouped("DOWN", tile, stages, *operands, route=route, added=given)
     combine(parts, ids, len(down.where), y)
-
-
-def compensate(
-    rows: Rows,
-    tile: choose.Tile,
-    factors: Factors | None,
-    route: Route | None = None,
-    done: torch.Tensor | None = None,
-    *,
-    after_route: bool = False,
-) -> Added | None:
-    """What a product of `rows` in such tiles has to add; in wide ones t = v x is made here.
-
-    Of a dense layer as one more: its clusters add up parts of t in float32, where parts of experts' t are 16 bits.
-    """
-    if factors is None:
-        return None
-    if tile.takes_bytes:
-        assert done is not None and rows.bytes is not None, "tiles of 8 tokens count what is done of t"
-        return Added(factors, rows.bytes.new_empty(len(rows.bytes), factors.t_columns), done)
-    assert rows.plain is not None, "compensators of wide tiles multiply 16-bit rows"
-    # whole records of u: v's padding of zero rows makes zeros of theirs
-    columns = factors.u.layouts[0].padded_columns
-    if route:
-        t = multiply(rows.plain, factors.v, columns, route, after_route)
-    else:
-        many_linear(rows.plain, t := rows.plain.new_empty(len(rows.plain), columns), columns, factors.v, None)
-    return Added(factors, t, None)
-
-
-def multiply(x: torch.Tensor, bank: RecordBank, columns: int, route: Route, after_route: bool = False) -> torch.Tensor:
-    """Sorted rows times their experts' matrices; the first `columns` results are kept.
-
-    Two launches where few tiles share the columns of x. `after_route` as in `grouped`.
-    """
-    rows, experts = len(x), len(bank.where)
-    processors = processors_of(x.device.index)
-    tile, stages = find_tile(x, bank, "PLAIN", choose.factor_tiles(bank.shape, experts, rows, processors))
-    splits, each = choose.factor_splits(bank.shape, tile, experts, rows, processors)
-    parts = x.new_empty(rows * splits, columns)
-    operands = Rows(x, None, None), parts.view(rows, -1), bank, columns, rows // route.slots
-    part = choose.Part(0, 0, splits, each)
-    grouped("PLAIN", tile, stages, *operands, route=route, part=part, after_route=after_route)
-    if splits == 1:
-        return parts
-    combine(parts, None, 1, y := x.new_empty(rows, columns))
-    return y
 
 
 def instances(
@@ -154,7 +111,7 @@ def instances(
         for tokens in choose.EXAMPLES:
             tile = choose.expert_tiles(bank, tokens, bf16=dtype == torch.bfloat16)[0]
             yield "grouped.cu", grouped_instance(half, bank, dtype, tile, _ranks(both))
-            if both and not tile.takes_bytes:
+            if both and not tile.multiplies_v(half):
                 for own in choose.every_factor_tile(both[0]):
                     yield "grouped.cu", grouped_instance("PLAIN", both[0], dtype, own)
 
