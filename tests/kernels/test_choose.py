@@ -109,7 +109,7 @@ def test_the_columns_of_v_are_shared_by_whole_stages(
     assert 1 <= split.splits <= choose.MAX_FACTOR_SPLITS
     ranks, stage = choose.ranks(v, u), tile.stage_bytes(bank, choose.ranks(v, u))
     assert stage % 1024 == 0 and stage >= tile.stage_bytes(bank)
-    if not tile.takes_bytes:
+    if tile.scales_sums:
         assert stage >= 4 * 128 * tile.tokens + 4 * bank.step * ranks.v_record_bytes, "x and 64 rows of v"
         assert stage >= tile.row_groups * 64 * tile.tokens * 4, "what each warpgroup has of a tile of v"
 

@@ -179,7 +179,7 @@ def test_against_float64(shape: str, bits: int | str, group_size: int, dtype: to
         ("low", 4, (32, 16), 3, torch.float16), ("tall", 3, (32,), 4, torch.float16),
         ("wide", 3, (0, 8), 3, torch.bfloat16), ("low", 4, (0, 32), 4, torch.float16),
         ("deep", 3, (32, 0), 3, torch.bfloat16), ("wide", 3, (192, 0), 4, torch.bfloat16),
-        ("square", 3, (32, 0, 96), 3, torch.bfloat16), ("square", 1, (16,), 8, torch.float16),
+        ("square", 3, (32, 0, 96), 3, torch.bfloat16), ("square", 1, (16,), 8, torch.bfloat16),
     ],
 )  # fmt: skip
 def test_compensators_against_float64(
@@ -194,7 +194,7 @@ def test_compensators_against_float64(
     if shape in ("long", "tall"):
         assert row_blocks_of_a_group(shape, int(bits), 8) > choose.PENDING, "these are to be tested"
     if shape == "square":
-        assert parts_of_v(shape, int(bits), 33, dtype) > 1, "these are to be tested"
+        assert parts_of_v(shape, int(bits), 33) > 1, "these are to be tested"
     made = bank(shape, bits, 64, ranks, factor_bits).cuda()
     exact, rounded = dense(made, torch.float64), dense(made, dtype)
     with torch.no_grad():
@@ -237,14 +237,14 @@ def row_blocks_of_a_group(shape: str, bits: int, tokens: int) -> float:
     return int((-(-counts // 4)).sum()) * gate_up.row_blocks / (processors_of(0) * team.groups)
 
 
-def parts_of_v(shape: str, bits: int, tokens: int, dtype: torch.dtype) -> int:
+def parts_of_v(shape: str, bits: int, tokens: int) -> int:
     """Of down, in `grouped`, with ranks up to 64."""
     from moepress.kernels.cuda.functions import processors_of
 
     experts, chosen, hidden, inner = SHAPES[shape]
     down, v = choose.Bank((RecordLayout(hidden, inner, bits, 64),)), choose.Bank((RecordLayout(64, inner, 4, 64),))
-    tile = choose.expert_tiles(down, tokens * chosen / experts, bf16=dtype == torch.bfloat16)[0]
-    assert tile.multiplies_v("DOWN") and not tile.takes_bytes
+    tile = choose.expert_tiles(down, tokens * chosen / experts)[0]
+    assert tile.multiplies_v and not tile.takes_bytes
     return choose.factor_split(tile, down, v, experts, tokens * chosen, processors_of(0)).splits
 
 

@@ -178,7 +178,7 @@ def test_rows_of_t_have_room_for_what_lanes_load(launches: list[tuple[Any, Any]]
     assert own is not None and own.shape == (16, columns)
     run_experts(1, (None, made))
     assert launches[1][1].columns == rank
-    half = compensate.Half("DOWN", choose.Tile(8, 1, 2, 1), bank(HIDDEN, INNER), made)
+    half = compensate.Half(choose.Tile(8, 1, 2, 1), bank(HIDDEN, INNER), made)
     added = compensate._to_make(x, 16, half, None, torch.zeros(1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32))
     assert added.t.shape == (16, columns) and grouped._compensators(added).columns == rank
 

@@ -70,7 +70,7 @@ def test_weights_are_asked_for_early_unless_the_launch_ahead_makes_the_route(
     assert launches[1] == products[0], "and it follows at once"
     names: list[str] = []
     for half, of in zip(many.HALVES, banks, strict=True):
-        own = choose.expert_tiles(of.shape, tokens * SLOTS / EXPERTS)[0].multiplies_v(half)
+        own = choose.expert_tiles(of.shape, tokens * SLOTS / EXPERTS)[0].multiplies_v
         names += [half] if own or not rank else ["PLAIN", half]
     assert [kernel for kernel, _ in products] == names
 
@@ -83,8 +83,8 @@ def test_halves_that_make_t_have_room_for_it(monkeypatch: pytest.MonkeyPatch, to
     side, pairs, x = 4096, tokens * SLOTS, torch.empty(tokens, 4096, dtype=torch.bfloat16)
     both = factors(2 * side, side, 2 * rank), factors(side, side, rank)
     halves = [
-        compensate.Half(mode, choose.expert_tiles(of.shape, pairs / EXPERTS)[0], of, own)
-        for mode, of, own in zip(many.HALVES, (bank(2 * side, side), bank(side, side)), both, strict=True)
+        compensate.Half(choose.expert_tiles(of.shape, pairs / EXPERTS)[0], of, own)
+        for of, own in zip((bank(2 * side, side), bank(side, side)), both, strict=True)
     ]
     planned, counters = compensate.plan_t(x, pairs, *halves)
     if tokens == 300:

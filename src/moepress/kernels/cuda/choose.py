@@ -241,12 +241,13 @@ class Tile:
         """Whether a tile of gate and up can make bytes of its results: it has whole units of 64 of them."""
         return self.takes_bytes and self.row_blocks % 8 == 0
 
-    def multiplies_v(self, mode: Mode) -> bool:
+    @property
+    def multiplies_v(self) -> bool:
         """Whether t = v x of compensators is made in W's launch, as `V_BITS` in grouped.cu has it; else before it.
 
-        Not where rows are two a warpgroup: there tiles of v, which have 64, took 3 % more than a launch (docs/LOG.md).
+        In tiles of 32 tokens and more that took 2 to 5 % longer than a launch before (docs/LOG.md).
         """
-        return self.takes_bytes or (mode in ("GATE_UP", "DOWN") and self.row_tiles == 1)
+        return self.takes_bytes or self.scales_sums
 
     @property
     def warps(self) -> int:
@@ -409,7 +410,7 @@ def factor_splits(bank: Bank, tile: Tile, experts: int, pairs: int, processors: 
 
 @dataclass(frozen=True)
 class FactorSplit:
-    """How tiles of 24 or 32 tokens share the columns of v: so many parts of so many records, the last perhaps less."""
+    """How tiles of 24 tokens share the columns of v: in so many parts of so many records, the last perhaps less."""
 
     splits: int
     records: int

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compensators W + u v of both halves of a layer of experts: who makes t = v x, and where it goes.
 
-Tiles of up to 32 tokens multiply v in the launch of W, so all of what that takes is planned before; for wider ones t is
-made by a launch before it.
+Tiles of 8 and 24 tokens multiply v in the launch of W, and what that takes is planned before it. Others are given t,
+which a launch before makes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from moepress.kernels.cuda.rows import Route, Rows, combine
 class Half:
     """One half of a layer of experts, as far as its compensators are concerned."""
 
-    mode: choose.Mode
     tile: choose.Tile
     bank: RecordBank
     factors: Factors | None
@@ -30,10 +29,10 @@ class Half:
     @property
     def makes_t(self) -> bool:
         """Whether its own launch does."""
-        return self.factors is not None and self.tile.multiplies_v(self.mode)
+        return self.factors is not None and self.tile.multiplies_v
 
     def split(self, pairs: int, processors: int) -> choose.FactorSplit | None:
-        """Of v, in tiles of 24 or 32 tokens."""
+        """Of v, in tiles of 24 tokens."""
         if self.factors is None or self.tile.takes_bytes or not self.makes_t:
             return None
         banks = self.bank.shape, self.factors.v.shape
@@ -81,7 +80,7 @@ def _to_make(
 
 
 def make_t(rows: Rows, factors: Factors | None, route: Route, *, after_route: bool = False) -> Added | None:
-    """What a half adds in tiles of more than 32 tokens, whose t is made here, by a launch or two; None: nothing."""
+    """What a half adds in other tiles, whose t is made here, by a launch or two; None: nothing."""
     if factors is None:
         return None
     assert rows.plain is not None, "v is multiplied with 16-bit rows"

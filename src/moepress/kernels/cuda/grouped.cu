@@ -12,8 +12,8 @@
 // is three operations for each sum instead of two for each pair of weights, so it pays while columns are few.
 //
 // Compensators W + u v: u times t = v x is added to the sums of W x while they are in registers; from 24 tokens a tile on t is the
-// last stages. Experts' tiles of up to 32 tokens multiply v in the same launch, as its first tiles: they go to the blocks that
-// start first, so nobody waits for a block that waits for a free multiprocessor. Other tiles' t is made by a launch before.
+// last stages. Tiles of 8 and 24 tokens multiply v in the same launch, as its first tiles: they go to the blocks that start first,
+// so nobody waits for a block that waits for a free multiprocessor. Other tiles' t is made by a launch before.
 #include "grouped_compensate.cuh"
 #include "grouped_products.cuh"
 #include "grouped_store.cuh"
@@ -118,7 +118,7 @@ template <int B, int MAX_B, int U, int G, bool BF16, int NT, int MODE, int MI, i
 __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THREADS, BLOCKS)
     grouped(const Arguments p, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap other_map,
             const __grid_constant__ TensorMap t_map) {
-    constexpr int V_BITS = NT == 8 || (MODE != DENSE && MI == 1) ? FB : 0;  // where v is multiplied here, `multiplies_v`
+    constexpr int V_BITS = NT == 8 || AFTER ? FB : 0;  // of the v that is multiplied here
     using C = Config<U, G, NT, MI, WGS, KW, V_BITS, AFTER>;
     static_assert(!AFTER || (MI == 1 && WGS == 4 && KW == 1 && BLOCKS == 1), "as registers are handed over below");
     static_assert(!AFTER || (BF16 && 1 <= B && B <= 4 && G != 32), "codes have a base, and units one scale");

@@ -53,7 +53,7 @@ class Added(NamedTuple):
     done: torch.Tensor | None
     """int32, a zero that counts what is done of t; None: t is there."""
     split: choose.FactorSplit | None = None
-    """Of v, where tiles of 24 or 32 tokens make t."""
+    """Of v, where tiles of 24 tokens make t."""
     parts: torch.Tensor | None = None
     """Room for t's parts where splits are several, float32."""
     arrived: torch.Tensor | None = None
@@ -115,7 +115,7 @@ def grouped(
     else:
         other_map = map_rows(x, tile.narrow, units)
     t_map = map_rows(added.t, tile.tokens, 1) if added and not tile.takes_bytes else x_map  # x_map: nobody reads it
-    shared = stages * tile.stage_bytes(shape, ranks if tile.multiplies_v(mode) else None) + choose.RESERVED
+    shared = stages * tile.stage_bytes(shape, ranks if tile.multiplies_v else None) + choose.RESERVED
     blocks, cluster = tile.blocks * processors_of(device), 1
     if mode == "DENSE" and part and part.splits > 1:
         cluster, blocks = part.splits, part.splits * part.tiles
@@ -155,7 +155,7 @@ def find_tile(
     device = x.device.index
     for tile in tiles:
         _, static = find_kernel("grouped.cu", grouped_instance(mode, bank.shape, x.dtype, tile, ranks), device)
-        room, of_v = shared_bytes_of(device) // tile.blocks - static, ranks if tile.multiplies_v(mode) else None
+        room, of_v = shared_bytes_of(device) // tile.blocks - static, ranks if tile.multiplies_v else None
         if (stages := tile.stages(bank.shape, room, of_v)) >= 2:
             return tile, stages
     raise KernelError(f"no tile of {bank.shape.any} fits into {shared_bytes_of(device)} bytes of shared memory")

@@ -63,7 +63,7 @@ template <int FB, int FU, bool BF16> struct Compensator {
     }
 };
 
-// A tile of v in tiles of 24 or 32 tokens, or a part of its columns: 64 rows in the four warps of each warpgroup, which share the
+// A tile of v in tiles of 24 tokens, or a part of its columns: 64 rows in the four warps of each warpgroup, which share the
 // units of a stage and add up in the last one's place; then each has some of the tokens' octets. Of several parts whoever comes
 // last adds them up, in their order. With the warps' own products, which are few, so that wgmma has one loop only.
 template <typename C, int FB, int U, bool BF16, int NT, int WGS>

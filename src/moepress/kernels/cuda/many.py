@@ -67,7 +67,7 @@ def run_many(
         find_tile(x, bank, half, choose.expert_tiles(bank.shape, each, bf16=bf16), factors and factors.ranks)
         for half, bank, factors in zip(HALVES, (gate_up, down), (gate_up_factors, down_factors), strict=True)
     )
-    halves = Half("GATE_UP", up_tile, gate_up, gate_up_factors), Half("DOWN", tile, down, down_factors)
+    halves = Half(up_tile, gate_up, gate_up_factors), Half(tile, down, down_factors)
     (up_added, added), counters = plan_t(x, pairs, *halves)
     bytes_up = up_tile.takes_bytes
     made = {"plain": not bytes_up, "in_bytes": bytes_up, "sums": up_tile.scales_sums}
@@ -111,7 +111,7 @@ def instances(
         for tokens in choose.EXAMPLES:
             tile = choose.expert_tiles(bank, tokens, bf16=dtype == torch.bfloat16)[0]
             yield "grouped.cu", grouped_instance(half, bank, dtype, tile, _ranks(both))
-            if both and not tile.multiplies_v(half):
+            if both and not tile.multiplies_v:
                 for own in choose.every_factor_tile(both[0]):
                     yield "grouped.cu", grouped_instance("PLAIN", both[0], dtype, own)
 

@@ -5,7 +5,7 @@ Legend: M or T tokens, k experts a token, P = T k pairs, E experts, H hidden and
 
     up to 8       gemv<GATE_UP> -> gemv<DOWN>                                                                 few.py
     more          place_rows -> grouped<GATE_UP> -> grouped<DOWN> -> combine                                  many.py
-                  (grouped<PLAIN> before each half that has compensators, from 29 tokens an expert on)
+                  (grouped<PLAIN> before each half that has compensators, where tiles have more than 24 tokens)
 
 Every launch is programmatic: a kernel starts while the one before it ends, fetches weights, and waits for the rest.
 """
