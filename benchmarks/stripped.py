@@ -38,14 +38,14 @@ GEMV: dict[str, Edits] = {
     ),
     "records not multiplied": (("multiply_any<B, U, G>(part, ring.head(), x, sums, bits, lane);", ""),),
 }
-_NO_WAITING = ("if (!t_is_there) {", "if (false) {")
+_NO_WAITING = (("if (!t_is_there) {", "if (false) {"), ("if (units && !t_is_there) {", "if (false) {"))
 _NO_V = ("schedule.v_row_tiles = C::MULTIPLIES_V ? ", "schedule.v_row_tiles = C::MULTIPLIES_V && p.tokens < 0 ? ")
 _NO_UT = ("compensator.add(acc[0], p.add, work, u_row_block, lane);", "")
 GROUPED: dict[str, Edits] = {  # who waits for t waits for all of v: without v nobody may wait
-    "no waiting for t": (_NO_WAITING,),
+    "no waiting for t": _NO_WAITING,
     "no u t": (_NO_UT,),
-    "no v": (_NO_WAITING, _NO_V),
-    "no v, no u t": (_NO_WAITING, _NO_V, _NO_UT),
+    "no v": (*_NO_WAITING, _NO_V),
+    "no v, no u t": (*_NO_WAITING, _NO_V, _NO_UT),
 }
 WEIGHTS = {name: GEMV[name] for name in ("x not converted", "records not multiplied")}
 WEIGHTS["neither"] = sum(WEIGHTS.values(), ())

@@ -15,6 +15,7 @@ from moepress.format.spec import BITS, GROUP_SIZES, WeightSpec
 from moepress.kernels import registry
 from moepress.kernels.cuda import choose
 from moepress.kernels.experts.reference import run_experts
+from moepress.kernels.factors import stored_rank
 from moepress.kernels.records import RecordLayout
 from moepress.runtime.experts import ExpertBank
 from moepress.runtime.stored import StoredParts
@@ -26,11 +27,11 @@ pytestmark = [
 TOKENS = (1, 2, 4, 7, 8, 9, 33, 130, 600)
 SHAPES = {"ragged": (6, 2, 136, 40), "many": (64, 8, 256, 72), "wide": (8, 4, 512, 640), "one": (4, 1, 64, 200),
           "long": (128, 8, 128, 896), "low": (16, 2, 128, 192), "tall": (6, 4, 5120, 640),
-          "deep": (4, 2, 256, 1600), "square": (8, 2, 4096, 2048)}  # fmt: skip
+          "deep": (4, 2, 256, 1600), "square": (8, 2, 4096, 2048), "flat": (4, 2, 1536, 256)}  # fmt: skip
 """Experts, chosen for a token, hidden, intermediate. "wide" is large enough at 7 and 8 tokens to pass on bytes of h;
 "long" and, without passing on, "tall" have more row blocks a group of warps at 8 than may wait for u t; "low" has
 teams of 32, 16 and 8 warps at 2, 4 and 7 tokens, and "tall" those of 24, where inputs take much of the memory; in
-"deep" two warpgroups share down's columns, and in "square" down's v is multiplied in parts at 33 tokens."""
+"deep" and "square" v is multiplied in parts at 33 tokens, and in "flat" gate and up alone make their own t there."""
 MIXED = "mixed"
 CASES = [
     *((shape, bits, 64, torch.bfloat16) for shape in ("ragged", "wide") for bits in BITS),
@@ -180,6 +181,7 @@ def test_against_float64(shape: str, bits: int | str, group_size: int, dtype: to
         ("wide", 3, (0, 8), 3, torch.bfloat16), ("low", 4, (0, 32), 4, torch.float16),
         ("deep", 3, (32, 0), 3, torch.bfloat16), ("wide", 3, (192, 0), 4, torch.bfloat16),
         ("square", 3, (32, 0, 96), 3, torch.bfloat16), ("square", 1, (16,), 8, torch.bfloat16),
+        ("flat", 3, (32, 0), 3, torch.bfloat16),
     ],
 )  # fmt: skip
 def test_compensators_against_float64(
@@ -193,13 +195,14 @@ def test_compensators_against_float64(
     monkeypatch.setenv(registry.OVERRIDE, "cuda")  # or another implementation could run in the kernels' place
     if shape in ("long", "tall"):
         assert row_blocks_of_a_group(shape, int(bits), 8) > choose.PENDING, "these are to be tested"
-    if shape == "square":
-        assert parts_of_v(shape, int(bits), 33) > 1, "these are to be tested"
+    if shape in ("deep", "square"):
+        assert parts_of_v(shape, int(bits), max(ranks), 33) > 1, "these are to be tested"
     made = bank(shape, bits, 64, ranks, factor_bits).cuda()
     exact, rounded = dense(made, torch.float64), dense(made, dtype)
     with torch.no_grad():
         for tokens in TOKENS:
-            for routing in ("usual", "half to nobody"):
+            # the last has experts of 33 tokens, which are two tiles of 24
+            for routing in ("usual", "half to nobody", *(["the same for all"] if tokens == 33 else [])):
                 x, ids, weights = routed(shape, tokens, routing, dtype)
                 y, what = made(x, ids, weights), f"{tokens} tokens, {routing}"
                 truth = run_experts(x.double(), ids, weights.double(), len(made), exact)
@@ -215,7 +218,7 @@ def test_compensators_of_one_half(halves: tuple[int, int], monkeypatch: pytest.M
     made = bank("wide", 3, 64, (32,), 3, halves).cuda()
     exact, rounded = dense(made, torch.float64), dense(made, torch.bfloat16)
     with torch.no_grad():
-        for tokens in (1, 4, 8, 9, 33, 1):
+        for tokens in (1, 4, 8, 9, 18, 33, 1):  # 18 in tiles of 24
             for turn in range(3):
                 x, ids, weights = routed("wide", tokens, "usual", torch.bfloat16)
                 x = x.roll(turn, 1)  # what an earlier call left of t would be wrong
@@ -237,12 +240,15 @@ def row_blocks_of_a_group(shape: str, bits: int, tokens: int) -> float:
     return int((-(-counts // 4)).sum()) * gate_up.row_blocks / (processors_of(0) * team.groups)
 
 
-def parts_of_v(shape: str, bits: int, tokens: int) -> int:
-    """Of down, in `grouped`, with ranks up to 64."""
+def parts_of_v(shape: str, bits: int, rank: int, tokens: int) -> int:
+    """Of down, in `grouped`."""
     from moepress.kernels.cuda.functions import processors_of
 
     experts, chosen, hidden, inner = SHAPES[shape]
-    down, v = choose.Bank((RecordLayout(hidden, inner, bits, 64),)), choose.Bank((RecordLayout(64, inner, 4, 64),))
+    down, v = (
+        choose.Bank((RecordLayout(hidden, inner, bits, 64),)),
+        choose.Bank((RecordLayout(stored_rank(rank), inner, 4, 64),)),
+    )
     tile = choose.expert_tiles(down, tokens * chosen / experts)[0]
     assert tile.multiplies_v and not tile.takes_bytes
     return choose.factor_split(tile, down, v, experts, tokens * chosen, processors_of(0)).splits
@@ -289,7 +295,7 @@ def test_compensators_of_tokens_do_not_depend_on_each_other(
     monkeypatch.setenv(registry.OVERRIDE, "cuda")
     made = bank("wide", 3, 64, ranks, 3).cuda()
     with torch.no_grad():
-        for tokens in (2, 3, 5, 8, 9, 33):
+        for tokens in (2, 3, 5, 8, 9, 18):  # the last in tiles of 24
             x, ids, weights = routed("wide", tokens, "usual", torch.bfloat16)
             ids[0] = -1
             y = made(x, ids, weights)

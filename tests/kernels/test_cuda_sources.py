@@ -85,7 +85,9 @@ def test_a_tile_is_to_its_kernel_what_it_is_to_its_launch(tmp_path: Path, monkey
         for tile, ranks in product(tiles, (None, choose.Ranks(8, 1, 1, units))):
             shape = f"{tile.tokens}, {tile.row_tiles}, {tile.row_groups}, {tile.column_groups}"
             factor_bits, after = ranks.bits if ranks else 0, str(tile.scales_sums).lower()
-            config = f"Config<{units}, {group_size}, {shape}, {factor_bits}, {after}>"
+            v_bits = f"V_BITS<{tile.tokens}, {after}, {factor_bits}>"
+            config = f"Config<{units}, {group_size}, {shape}, {v_bits}, {after}>"
+            ranks = ranks if tile.multiplies_v else None
             asserts += [
                 f"static_assert({config}::stage_bytes({bits}) == {tile.stage_bytes(bank, ranks)});",
                 f"static_assert({config}::THREADS == {tile.threads});",

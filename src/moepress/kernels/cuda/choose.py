@@ -35,7 +35,7 @@ MOST_TOKENS = 1 << 15
 _NARROW = {80: 64, 128: 96, 144: 128}
 """Tokens up to which wide tiles run with smaller products, as `NARROW` in grouped_tiles.cuh has it."""
 MAX_FACTOR_SPLITS = 16
-"""Parts of v's columns in wide tiles, at most."""
+"""Parts of v's columns in tiles of 24 tokens, at most."""
 RESERVED = 1024
 """Shared bytes that the system keeps of each block, and those lost to aligning the ring of `grouped`."""
 HOPPER, OWN = 227 << 10, 12 << 10
@@ -260,8 +260,8 @@ class Tile:
 
     @property
     def v_floats(self) -> int:
-        """Of the results of a tile of v: 64 rows by as many octets of tokens for each warpgroup."""
-        return 64 * 8 * self.row_groups * -(-self.tokens // (8 * self.row_groups))
+        """Of the results of a tile of v: 16 rows by 8 tokens for each warp."""
+        return 16 * 8 * self.warps
 
     @property
     def threads(self) -> int:
@@ -420,8 +420,8 @@ class FactorSplit:
 def factor_split(tile: Tile, bank: Bank, v: Bank, experts: int, pairs: int, processors: int) -> FactorSplit:
     """The one with which the launch takes least time: tiles of v come first, and W's, which end with t, wait for all.
 
-    A tile of v has 64 rows and reads all of x; of what a stage of W takes one of v takes some 0.4, a tile 1.5 besides.
-    Blocks take tiles in turn. t is asked for when a tile's last stages are still on their way.
+    A tile of v has 64 rows and reads all of x; of what a stage of W takes one of v takes some 0.4, and besides a tile
+    takes 1.5 and a part 3. Blocks take tiles in turn. t is asked for when a tile's last stages are still on their way.
     """
     tiles = sum(-(-count // tile.tokens) for count in _spread(pairs / experts)) * min(experts, pairs) // 5
     stages, blocks = -(-v.any.records_per_row_block // v.step), processors * tile.blocks

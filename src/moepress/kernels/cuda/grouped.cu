@@ -12,8 +12,8 @@
 // is three operations for each sum instead of two for each pair of weights, so it pays while columns are few.
 //
 // Compensators W + u v: u times t = v x is added to the sums of W x while they are in registers; from 24 tokens a tile on t is the
-// last stages. Tiles of 8 and 24 tokens multiply v in the same launch, as its first tiles: they go to the blocks that start first,
-// so nobody waits for a block that waits for a free multiprocessor. Other tiles' t is made by a launch before.
+// last stages. Tiles of 8 and 24 tokens multiply v in the same launch, as its first tiles; all of its blocks are at work at once, so
+// nobody waits for one that waits for a free multiprocessor. Other tiles' t is made by a launch before.
 #include "grouped_compensate.cuh"
 #include "grouped_products.cuh"
 #include "grouped_store.cuh"
@@ -118,8 +118,7 @@ template <int B, int MAX_B, int U, int G, bool BF16, int NT, int MODE, int MI, i
 __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THREADS, BLOCKS)
     grouped(const Arguments p, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap other_map,
             const __grid_constant__ TensorMap t_map) {
-    constexpr int V_BITS = NT == 8 || AFTER ? FB : 0;  // of the v that is multiplied here
-    using C = Config<U, G, NT, MI, WGS, KW, V_BITS, AFTER>;
+    using C = Config<U, G, NT, MI, WGS, KW, V_BITS<NT, AFTER, FB>, AFTER>;
     static_assert(!AFTER || (MI == 1 && WGS == 4 && KW == 1 && BLOCKS == 1), "as registers are handed over below");
     static_assert(!AFTER || (BF16 && 1 <= B && B <= 4 && G != 32), "codes have a base, and units one scale");
     constexpr u32 STAGE = C::stage_bytes(MAX_B);
@@ -242,7 +241,7 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
                 }
                 if (has_column) columns[thread] = column;  // not before: they are still on their way
                 if constexpr (KW > 1) add_columns<N, MI, WGS, KW, C::CONSUMERS>(acc, sums, wg, kw, thread);
-                if (KW == 1 && MODE == DOWN) named_barrier(1, C::CONSUMERS);  // columns are there
+                if (MODE == DOWN) named_barrier(1, C::CONSUMERS);  // columns are there
                 if (kw > 0) return;
                 if constexpr (ONE_LOOP)
                     if (of_v) return store_t<BF16>(p.add, work, row_block, acc[0], lane);

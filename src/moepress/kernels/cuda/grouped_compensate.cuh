@@ -10,7 +10,7 @@ __device__ __forceinline__ void load_u(FactorUnit<FB>& unit, const Compensators&
     unit.template load<FU>(locate(u, row_block, i / FU, f.u_records, Record<FU, UNIT>::bytes(FB)), i % FU, lane);
 }
 
-// u t of wide tiles: t's units are stages after those of x, u is in registers, the first unit since before W's products.
+// u t from 24 tokens a tile on: t's units are stages after those of x, u is in registers, the first unit since before W's products.
 // A row tile's operand is made while the products before it run: waiting for each was 1.3 us a tile of Qwen3-30B-A3B.
 template <int FB, int FU, bool BF16, int MI> struct Added {
     FactorUnit<FB> unit[MI];
@@ -63,31 +63,28 @@ template <int FB, int FU, bool BF16> struct Compensator {
     }
 };
 
-// A tile of v in tiles of 24 tokens, or a part of its columns: 64 rows in the four warps of each warpgroup, which share the
-// units of a stage and add up in the last one's place; then each has some of the tokens' octets. Of several parts whoever comes
+// A tile of v where tiles have 24 tokens, or a part of its columns: 64 rows in the four warps of each warpgroup, which has one unit of
+// a stage. They add up in the last stage's place, where each warpgroup gets 8 tokens (the last none). Of several parts whoever comes
 // last adds them up, in their order. With the warps' own products, which are few, so that wgmma has one loop only.
 template <typename C, int FB, int U, bool BF16, int NT, int WGS>
 __device__ __forceinline__ void multiply_v(const Arguments& p, const Work& work, u32 stages_at, u32 stage_bytes, u32 bars, int stage,
                                            u32 phase, int records, int wg, int warp, int lane) {
-    constexpr int OCTETS = C::V_OCTETS, WARPS = C::CONSUMERS / WARP, UNITS = 4 / WGS;
-    constexpr u32 SIZE = Record<U, UNIT>::bytes(FB);
+    static_assert(WGS == 4 && NT <= 8 * WGS, "a unit and an octet for each warpgroup");
+    constexpr int OCTETS = NT / 8, WARPS = C::CONSUMERS / WARP;
     const Compensators& f = p.add;
-    float acc[NT / 8][4] = {};
+    float acc[OCTETS][4] = {};
     u32 at;
     for (int record = 0;;) {
         mbarrier_wait(bars + 16 * stage, phase);
         at = stages_at + stage * stage_bytes;
-#pragma unroll
-        for (int i = 0; i < UNITS; ++i) {
-            const int own = wg * UNITS + i, s = own / U;
-            if (record + s >= records) break;
+        if (record + wg / U < records) {
             FactorUnit<FB> unit;
-            unit.template load_shared_unit<U>(at + C::X_BYTES + (s * 4 + warp) * SIZE, own % U, lane);
+            unit.template load_shared_unit<U>(at + C::X_BYTES + (wg / U * 4 + warp) * Record<U, UNIT>::bytes(FB), wg % U, lane);
             u32 a[16];
             unit.template scaled<BF16>(a);
-            const u32 x = at + own * NT * 128 + lane % 8 * 128;
+            const u32 x = at + wg * NT * 128 + lane % 8 * 128;
 #pragma unroll
-            for (int o = 0; o < NT / 8; ++o)  // columns without a token may be anything
+            for (int o = 0; o < OCTETS; ++o)  // columns without a token may be anything
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     u32 b[4];  // of 32 columns
@@ -104,49 +101,40 @@ __device__ __forceinline__ void multiply_v(const Arguments& p, const Work& work,
     auto place = [&](int octet, int wg) { return at + (((octet * WGS + wg) * 4 + warp) * WARP + lane) * 16; };
     named_barrier(1, C::CONSUMERS);  // nobody reads the stage
 #pragma unroll
-    for (int o = 0; o < NT / 8; ++o) store_shared(place(o, wg), acc[o]);
+    for (int o = 0; o < OCTETS; ++o) store_shared(place(o, wg), acc[o]);
     named_barrier(1, C::CONSUMERS);
-    float y[OCTETS][4] = {};
+    float y[4] = {};
 #pragma unroll
-    for (int o = 0; o < OCTETS; ++o)
+    for (int other = 0; other < WGS; ++other) {
+        float x[4] = {};
+        if (wg < OCTETS) load_shared<4>(reinterpret_cast<u32(&)[4]>(x), place(wg, other));
 #pragma unroll
-        for (int part = 0; part < WGS; ++part) {
-            float x[4] = {};
-            if (wg * OCTETS + o < NT / 8) load_shared<4>(reinterpret_cast<u32(&)[4]>(x), place(wg * OCTETS + o, part));
-#pragma unroll
-            for (int e = 0; e < 4; ++e) y[o][e] += x[e];
-        }
+        for (int e = 0; e < 4; ++e) y[e] += x[e];
+    }
     copies_follow();
     __syncwarp();
     if (lane == 0) mbarrier_arrive(bars + 16 * stage + 8);
     if (f.v_splits > 1) {
         // tiles of one expert begin NT tokens apart, so these numbers differ
         const int tile = (work.expert + work.token / NT) * (f.v_row_blocks / 4) + work.row_block / 4, own = wg * 4 + warp;
-        auto part = [&](int split, int o) {
-            return reinterpret_cast<float4*>(f.parts) + (((u64)(tile * f.v_splits + split) * WARPS + own) * OCTETS + o) * WARP + lane;
-        };
-#pragma unroll
-        for (int o = 0; o < OCTETS; ++o) *part(work.split - 1, o) = make_float4(y[o][0], y[o][1], y[o][2], y[o][3]);
+        float4* const parts = reinterpret_cast<float4*>(f.parts) + ((u64)tile * f.v_splits * WARPS + own) * WARP + lane;
+        parts[(work.split - 1) * WARPS * WARP] = make_float4(y[0], y[1], y[2], y[3]);
         __syncwarp();
         const int before = __shfl_sync(~0u, lane == 0 ? add_and_see(f.arrived + tile * WARPS + own) : 0, 0);
         if (before != f.v_splits - 1) return;
+        __syncwarp();  // what lane 0 has seen of others is there for all
 #pragma unroll
-        for (int o = 0; o < OCTETS; ++o) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) y[o][e] = 0.f;
-            for (int split = 0; split < f.v_splits; ++split) {
-                const float4 x = __ldcg(part(split, o));
-                y[o][0] += x.x, y[o][1] += x.y, y[o][2] += x.z, y[o][3] += x.w;
-            }
+        for (int e = 0; e < 4; ++e) y[e] = 0.f;
+        for (int split = 0; split < f.v_splits; ++split) {
+            const float4 x = __ldcg(parts + split * WARPS * WARP);
+            y[0] += x.x, y[1] += x.y, y[2] += x.z, y[3] += x.w;
         }
     }
 #pragma unroll
-    for (int o = 0; o < OCTETS; ++o)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const int column = (work.row_block + warp) * ROWS + lane / 4 + e / 2 * 8, token = (wg * OCTETS + o) * 8 + lane % 4 * 2 + e % 2;
-            if (token < work.tokens) f.t[(u64)(work.token + token) * f.columns + column] = round16<BF16>(y[o][e]);
-        }
+    for (int e = 0; e < 4; ++e) {
+        const int column = (work.row_block + warp) * ROWS + lane / 4 + e / 2 * 8, token = wg * 8 + lane % 4 * 2 + e % 2;
+        if (token < work.tokens) f.t[(u64)(work.token + token) * f.columns + column] = round16<BF16>(y[e]);
+    }
     copies_follow();
     __syncwarp();
     if (lane == 0) add_release(f.done);

@@ -24,7 +24,7 @@ struct Compensators {
     int v_row_blocks;
     // but for tiles of 8 tokens
     int v_splits, v_split_records;  // parts of v's columns, and records of one
-    float* parts;                   // of t, where splits are several: [tiles of v][splits][warps][octets of a warp][32][4]
+    float* parts;                   // of t, where splits are several: [tiles of v][splits][warps][32][4]
     int* arrived;                   // [tiles of v][warps] how many of the splits are there, 0 before
 };
 
@@ -124,7 +124,10 @@ template <int NT, int N, int TILE_BLOCKS, int MODE> struct Schedule {
     }
 };
 
-// FB is the bits of the v that is multiplied, 0 for none.
+// The width of the v that is multiplied in W's launch, 0 where t is made before.
+template <int NT, bool AFTER, int FB> constexpr int V_BITS = NT == 8 || AFTER ? FB : 0;
+
+// FB is those `V_BITS`.
 template <int U, int G, int NT, int MI, int WGS, int KW, int FB, bool AFTER> struct Config {
     static constexpr int ROW_BLOCKS = 4 * MI * WGS;           // of a tile
     static constexpr int CONSUMERS = WGS * KW * 128;
@@ -142,7 +145,6 @@ template <int U, int G, int NT, int MI, int WGS, int KW, int FB, bool AFTER> str
     static constexpr int STAGE_SUMS = BYTES ? KW * STEP * NT * SUM_BYTES : AFTER ? 4 * NT * 8 : 0;  // bytes
     static constexpr bool MULTIPLIES_V = FB > 0;
     static constexpr int V_BLOCKS = BYTES ? ROW_BLOCKS : 4;    // row blocks of a tile of v
-    static constexpr int V_OCTETS = (NT / 8 + WGS - 1) / WGS;  // tokens of one that a warpgroup stores, by eights; not BYTES
     // A stage: x [KW * 4][NT][64], records [MI * WGS][KW * STEP][4], sums: BYTES [KW * STEP][NT][..], AFTER [2][NT][2][2]. When
     // a tile of v ends, but for BYTES, what each warpgroup has of it.
     static __device__ __host__ constexpr int sums_at(int max_b) {
