@@ -114,6 +114,24 @@ def test_the_columns_of_v_are_shared_by_whole_stages(
         assert stage >= tile.row_groups * 64 * tile.tokens * 4, "what each warpgroup has of a tile of v"
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank", "experts", "pairs", "split"),
+    [
+        (28672, 4096, 64, 8, 128, (1, 16)),  # seven rounds of W, and the last has room for v
+        (4096, 14336, 32, 8, 128, (14, 4)),  # 128 tiles of W: each block has a part of v first
+        (4096, 2048, 32, 8, 66, (4, 2)),
+        (256, 1600, 32, 4, 66, (4, 8)),  # blocks enough for all, but W asks for t before it is there
+        (1536, 2048, 64, 128, 1024, (1, 8)),  # as many experts as blocks
+    ],
+)  # fmt: skip
+def test_how_the_columns_of_v_are_shared(
+    rows: int, columns: int, rank: int, experts: int, pairs: int, split: tuple[int, int]
+) -> None:
+    w, v = (choose.Bank((RecordLayout(each, columns, 3, 64),)) for each in (rows, rank))
+    tile = choose.Tile(24, 1, 4, 1, scales_sums=True)
+    assert choose.factor_split(tile, w, v, experts, pairs, 132) == choose.FactorSplit(*split)
+
+
 @given(bank=banks(), count=tokens, cores=processors)
 def test_a_tile_fits_any_matrix(bank: choose.Bank, count: int, cores: int) -> None:
     tiles, records = choose.dense_tiles(bank, count, cores), bank.any.records_per_row_block

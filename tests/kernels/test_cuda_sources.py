@@ -82,7 +82,7 @@ def test_a_tile_is_to_its_kernel_what_it_is_to_its_launch(tmp_path: Path, monkey
         bank = choose.Bank((RecordLayout(64, COLUMNS[units], bits, group_size),))
         tiles = {choose.expert_tiles(bank, tokens)[0] for tokens in choose.EXAMPLES}
         tiles |= choose.every_dense_tile(bank, 132) if bits == 3 and group_size == 64 else set()
-        for tile, ranks in product(tiles, (None, choose.Ranks(8, 1, 1, units))):
+        for tile, ranks in product(tiles, (None, choose.Ranks(8, 1, 1, units), choose.Ranks(3, 1, 1, units))):
             shape = f"{tile.tokens}, {tile.row_tiles}, {tile.row_groups}, {tile.column_groups}"
             factor_bits, after = ranks.bits if ranks else 0, str(tile.scales_sums).lower()
             v_bits = f"V_BITS<{tile.tokens}, {after}, {factor_bits}>"

@@ -424,16 +424,16 @@ def factor_split(tile: Tile, bank: Bank, v: Bank, experts: int, pairs: int, proc
     takes 1.5 and a part 3. Blocks take tiles in turn. t is asked for when a tile's last stages are still on their way.
     """
     tiles = sum(-(-count // tile.tokens) for count in _spread(pairs / experts)) * min(experts, pairs) // 5
-    stages, blocks = -(-v.any.records_per_row_block // v.step), processors * tile.blocks
+    stages = -(-v.any.records_per_row_block // v.step)
     of_w, row_tiles = tiles * -(-bank.row_blocks // tile.row_blocks), -(-v.row_blocks // BLOCKS)
-    ring = max(2, (HOPPER // tile.blocks - tile.declared - RESERVED) // tile.stage_bytes(bank))
+    ring = max(2, (HOPPER - tile.declared - RESERVED) // tile.stage_bytes(bank))
 
     def time(each: int) -> float:
         """In what a stage of W takes, with so many stages a part."""
         splits = -(-stages // each)
         of_v, one = tiles * row_tiles * splits, 0.4 * each + (3 if splits > 1 else 1.5)
-        there = -(-of_v // blocks) * one
-        taken = [[-(-(count - block) // blocks) for count in (of_v, of_v + of_w)] for block in range(blocks)]
+        there = -(-of_v // processors) * one
+        taken = [[-(-(count - block) // processors) for count in (of_v, of_v + of_w)] for block in range(processors)]
         return max(
             (both - first - 1) * stages + max(first * one + stages, there + min(ring, stages))
             for first, both in taken
