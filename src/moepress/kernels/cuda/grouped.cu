@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
     if (!p.tiles_known) await_producers();
     if (MODE != DENSE && thread < WARP) count_tiles<NT, MODE>(p, tiles, firsts, lane);
     __syncthreads();
-    Schedule<NT, NARROW<NT, MI, B>, C::ROW_BLOCKS, MODE> schedule;
+    Schedule<NT, NARROW<NT, MI, B>, C::ROW_BLOCKS, C::V_BLOCKS, MODE> schedule;
     auto row_tiles = [](int row_blocks) { return (row_blocks + C::ROW_BLOCKS - 1) / C::ROW_BLOCKS; };
     schedule.own_row_tiles = row_tiles(p.row_blocks) * (MODE == PLAIN ? p.splits : 1);
     schedule.v_splits = C::BYTES ? 1 : p.add.v_splits;

@@ -88,11 +88,10 @@ constexpr int NARROW = MI == 1 || B == 0 || NT == 152 ? NT : NT == 144 ? 128 : N
 
 // Tiles in order: expert, row tile, token tile; so that blocks at work together share an expert's records in L2. Of an
 // expert's tiles, as few as can be are wider than N tokens. Before them all, those of v.
-template <int NT, int N, int TILE_BLOCKS, int MODE> struct Schedule {
+template <int NT, int N, int TILE_BLOCKS, int V_BLOCKS, int MODE> struct Schedule {
     const int *tiles, *first;  // [num_experts + 1] token tiles and pairs before each expert
     int own_row_tiles, v_row_tiles, v_splits, token_tiles, num_experts, all_tokens, splits;
     int first_tile, some;  // DENSE; 0: all of them
-    static constexpr int V_BLOCKS = NT == 8 ? TILE_BLOCKS : 4;
 
     __device__ int total() const { return MODE == DENSE && some ? some * splits : token_tiles * (v_row_tiles + own_row_tiles); }
 
