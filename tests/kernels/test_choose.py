@@ -102,11 +102,11 @@ def test_the_columns_of_v_are_shared_by_whole_stages(
 ) -> None:
     tile, columns = choose.expert_tiles(bank, each)[0], bank.any.padded_columns
     v, u = (RecordLayout(*shape, bits, 64) for shape in ((rank, columns), (bank.any.rows, rank)))
-    split = choose.factor_split(tile, bank, choose.Bank((v,)), experts, max(1, int(each * experts)), cores)
+    split = choose.v_split(tile, bank, choose.Bank((v,)), experts, max(1, int(each * experts)), cores)
     records = v.records_per_row_block
     assert split.records % choose.Bank((v,)).step == 0
     assert (split.splits - 1) * split.records < records <= split.splits * split.records, "none is empty"
-    assert 1 <= split.splits <= choose.MAX_FACTOR_SPLITS
+    assert 1 <= split.splits <= choose.MAX_V_SPLITS
     ranks, stage = choose.ranks(v, u), tile.stage_bytes(bank, choose.ranks(v, u))
     assert stage % 1024 == 0 and stage >= tile.stage_bytes(bank)
     if tile.scales_sums:
@@ -129,7 +129,7 @@ def test_how_the_columns_of_v_are_shared(
 ) -> None:
     w, v = (choose.Bank((RecordLayout(each, columns, 3, 64),)) for each in (rows, rank))
     tile = choose.Tile(24, 1, 4, 1, scales_sums=True)
-    assert choose.factor_split(tile, w, v, experts, pairs, 132) == choose.FactorSplit(*split)
+    assert choose.v_split(tile, w, v, experts, pairs, 132) == choose.VSplit(*split)
 
 
 @given(bank=banks(), count=tokens, cores=processors)

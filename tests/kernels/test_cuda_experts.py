@@ -251,7 +251,7 @@ def parts_of_v(shape: str, bits: int, rank: int, tokens: int) -> int:
     )
     tile = choose.expert_tiles(down, tokens * chosen / experts)[0]
     assert tile.multiplies_v and not tile.takes_bytes
-    return choose.factor_split(tile, down, v, experts, tokens * chosen, processors_of(0)).splits
+    return choose.v_split(tile, down, v, experts, tokens * chosen, processors_of(0)).splits
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 8])

@@ -118,6 +118,35 @@ def test_halves_that_make_t_have_room_for_it(monkeypatch: pytest.MonkeyPatch, to
         assert planned[1] is not None and planned[1].split is not None and planned[1].split.splits > 1, "128 tiles of W"
 
 
+@pytest.mark.parametrize("tokens", [9, 40, 300])
+def test_the_first_launch_sets_the_counters_of_t_to_0(
+    launches: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    """Of both halves: the next layer's memory holds what an earlier one has counted."""
+    planned, cleared, given = [], [], []
+    plan_t, sort_rows = many.plan_t, many.sort_rows
+
+    def plan(*halves: Any) -> Any:
+        planned.append(plan_t(*halves))
+        return planned[0]
+
+    def sort(*of: Any, zeros: torch.Tensor | None, **made: bool) -> Any:
+        cleared.append(zeros)
+        return sort_rows(*of, zeros=zeros, **made)
+
+    monkeypatch.setattr(many, "plan_t", plan)
+    monkeypatch.setattr(many, "sort_rows", sort)
+    monkeypatch.setattr(many, "grouped", lambda mode, *_, added, **others: given.append(added))
+    x, ids = torch.empty(tokens, HIDDEN, dtype=torch.bfloat16), torch.zeros(tokens, SLOTS, dtype=torch.int64)
+    both = factors(2 * INNER, HIDDEN, 64), factors(HIDDEN, INNER, 32)
+    banks = bank(2 * INNER, HIDDEN), bank(HIDDEN, INNER)
+    many.run_many(x, ids, ids.float(), *banks, INNER, torch.empty_like(x), *both)
+    (added, counters), (zeros,) = planned[0], cleared
+    assert zeros is counters and (counters is None) == (tokens == 300)
+    assert [each.factors for each in given] == list(both)
+    assert all(mine is None or mine is each for mine, each in zip(added, given, strict=True))
+
+
 @pytest.mark.parametrize(("rank", "columns"), [(8, 64), (64, 64), (72, 128)])
 @pytest.mark.parametrize("tokens", [9, 40, 300])
 def test_the_t_of_a_dense_layer_is_added_up_in_float32(

@@ -34,7 +34,7 @@ MOST_TOKENS = 1 << 15
 """Tokens for which a dense layer's tiles are known beforehand."""
 _NARROW = {80: 64, 128: 96, 144: 128}
 """Tokens up to which wide tiles run with smaller products, as `NARROW` in grouped_tiles.cuh has it."""
-MAX_FACTOR_SPLITS = 16
+MAX_V_SPLITS = 16
 """Parts of v's columns in tiles of 24 tokens, at most."""
 RESERVED = 1024
 """Shared bytes that the system keeps of each block, and those lost to aligning the ring of `grouped`."""
@@ -243,7 +243,7 @@ class Tile:
 
     @property
     def multiplies_v(self) -> bool:
-        """Whether t = v x of compensators is made in W's launch, as `V_BITS` in grouped.cu has it; else before it.
+        """Whether t = v x of compensators is made in W's launch, as `V_BITS` in grouped_tiles.cuh has it; else before.
 
         In tiles of 32 tokens and more that took 2 to 5 % longer than a launch before (docs/LOG.md).
         """
@@ -409,7 +409,7 @@ def factor_splits(bank: Bank, tile: Tile, experts: int, pairs: int, processors: 
 
 
 @dataclass(frozen=True)
-class FactorSplit:
+class VSplit:
     """How tiles of 24 tokens share the columns of v: in so many parts of so many records, the last perhaps less."""
 
     splits: int
@@ -417,7 +417,7 @@ class FactorSplit:
 
 
 @functools.lru_cache(1 << 14)
-def factor_split(tile: Tile, bank: Bank, v: Bank, experts: int, pairs: int, processors: int) -> FactorSplit:
+def v_split(tile: Tile, bank: Bank, v: Bank, experts: int, pairs: int, processors: int) -> VSplit:
     """The one with which the launch takes least time: tiles of v come first, and W's, which end with t, wait for all.
 
     A tile of v has 64 rows and reads all of x; of what a stage of W takes one of v takes some 0.4, and besides a tile
@@ -440,9 +440,9 @@ def factor_split(tile: Tile, bank: Bank, v: Bank, experts: int, pairs: int, proc
             if both > first
         )
 
-    parts = {max(min(2, stages), -(-stages // splits)) for splits in range(1, MAX_FACTOR_SPLITS + 1)}
+    parts = {max(min(2, stages), -(-stages // splits)) for splits in range(1, MAX_V_SPLITS + 1)}
     each = min(sorted(parts, reverse=True), key=time)
-    return FactorSplit(-(-stages // each), each * v.step)
+    return VSplit(-(-stages // each), each * v.step)
 
 
 @functools.lru_cache(1 << 14)

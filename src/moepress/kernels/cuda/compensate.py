@@ -31,12 +31,12 @@ class Half:
         """Whether its own launch does."""
         return self.factors is not None and self.tile.multiplies_v
 
-    def split(self, pairs: int, processors: int) -> choose.FactorSplit | None:
+    def split(self, pairs: int, processors: int) -> choose.VSplit | None:
         """Of v, in tiles of 24 tokens."""
-        if self.factors is None or self.tile.takes_bytes or not self.makes_t:
+        if self.factors is None or not self.tile.scales_sums:
             return None
         banks = self.bank.shape, self.factors.v.shape
-        return choose.factor_split(self.tile, *banks, len(self.bank.where), pairs, processors)
+        return choose.v_split(self.tile, *banks, len(self.bank.where), pairs, processors)
 
     def v_warps(self, pairs: int) -> int:
         """Warps that have some of t, of all tiles of v there can be."""
@@ -64,7 +64,7 @@ def _to_make(
     x: torch.Tensor,
     pairs: int,
     half: Half,
-    split: choose.FactorSplit | None,
+    split: choose.VSplit | None,
     done: torch.Tensor,
     arrived: torch.Tensor,
 ) -> Added:

@@ -52,7 +52,7 @@ class Added(NamedTuple):
     """v x, there or to be made: [P, u_columns]; for tiles of 8 tokens [P, t_columns] by `t_place`."""
     done: torch.Tensor | None
     """int32, a zero that counts what is done of t; None: t is there."""
-    split: choose.FactorSplit | None = None
+    split: choose.VSplit | None = None
     """Of v, where tiles of 24 tokens make t."""
     parts: torch.Tensor | None = None
     """Room for t's parts where splits are several, float32."""
