@@ -200,10 +200,12 @@ def test_known_layers() -> None:
     assert {choose.expert_tiles(each, 2.0)[0] for each in (gate_up, down)} == {choose.Tile(8, 1, 2, 1, blocks=2)}
     codes, scaled = choose.Tile(24, 1, 4, 1, scales_sums=True), choose.Tile(32, 1, 4, 1)
     assert [choose.expert_tiles(gate_up, each)[0] for each in (6.5, 16.0, 20.0)] == [codes, codes, scaled]
-    assert choose.expert_tiles(gate_up, 16.0, bf16=False)[0] == scaled, "float16 has no room for sums with bases"
+    mixed = choose.Bank(tuple(RecordLayout(28672, 4096, bits, 64) for bits in (1, 2, 3, 4)))
+    assert choose.expert_tiles(mixed, 16.0)[0] == codes, "widths up to 4 have the same base"
     assert choose.expert_tiles(small, 8.0)[0] == codes, "short rows: up to 10"
     assert choose.expert_tiles(small, 12.0)[0] == choose.Tile(32, 1, 2, 1, blocks=2)
-    other = (RecordLayout(28672, 4096, 3, 32),), (RecordLayout(28672, 4096, 8, 64),)
+    other = [(RecordLayout(28672, 4096, 3, 32),), (RecordLayout(28672, 4096, 8, 64),)]
+    other.append((RecordLayout(28672, 4096, 2, 64), RecordLayout(28672, 4096, 5, 64)))
     assert {choose.expert_tiles(choose.Bank(each), 16.0)[0] for each in other} == {scaled}, "two scales a unit; no base"
     assert choose.passes_sums(codes, codes) and not choose.passes_sums(scaled, codes)
     assert choose.expert_tiles(gate_up, 64.0)[0] == choose.Tile(80, 2, 2, 1)
@@ -258,9 +260,8 @@ def test_known_layers() -> None:
 def test_examples_ask_for_every_tile(bank: choose.Bank, cores: int, random: Random) -> None:
     """Warming up compiles these: another would be compiled at somebody's token, or missing in a graph's capture."""
     counts = random.sample(range(2, choose.MOST_TOKENS), 100)
-    for bf16 in (True, False):
-        every = {choose.expert_tiles(bank, each / 4, bf16=bf16)[0] for each in (*range(1, 600), *counts)}
-        assert every <= {choose.expert_tiles(bank, each, bf16=bf16)[0] for each in choose.EXAMPLES}
+    every = {choose.expert_tiles(bank, each / 4)[0] for each in (*range(1, 600), *counts)}
+    assert every <= {choose.expert_tiles(bank, each)[0] for each in choose.EXAMPLES}
     some = {choose.dense_tiles(bank, count, cores)[0] for count in (*range(2, 300), *counts)}
     assert some <= choose.every_dense_tile(bank, cores)
 

@@ -281,7 +281,7 @@ class Tile:
         if ranks and not self.takes_bytes:  # at the end of a tile of v, what each warpgroup has of it
             used = max(used, self.row_groups * 4 * 64 * self.tokens)
         if self.scales_sums:
-            used = _up(used, 128) + 8 * 4 * self.tokens
+            used = _up(used, 128) + 16 * self.tokens
         if self.takes_bytes:
             used = _up(used, 128) + 4 * records * self.tokens * bank.record_sums
         return _up(used, 1024)
@@ -320,17 +320,16 @@ def passes_bytes(up_tile: Tile, gate_up: Bank, tile: Tile, down: Bank) -> bool:
     return tile.takes_bytes and up_tile.makes_bytes and gate_up.segments == down.segments
 
 
-def expert_tiles(bank: Bank, tokens_each: float, *, bf16: bool = True) -> Sequence[Tile]:
+def expert_tiles(bank: Bank, tokens_each: float) -> Sequence[Tile]:
     """Tiles for experts of `tokens_each` tokens on average, best first; the first that fits runs.
 
-    Sums are scaled where codes have a base that bfloat16 holds, and one scale for each unit. In float16 bases are
-    eight times as large, and take too many places of the sums.
+    Sums are scaled where codes have a base below which there is room for them, and one scale for each unit.
     """
     long = bank.any.padded_columns >= 24 * 64  # short ones have tiles that end together with others' beginnings
     if tokens_each <= 6:
         best = Tile(8, 1, 2, 1, blocks=2)
     elif tokens_each <= 28:
-        codes = bf16 and bank.uniform_bits in (1, 2, 3, 4) and bank.segments == 1
+        codes = bank.most_bits <= 4 and bank.segments == 1
         # more than fill one tile cost two: at 20 tokens on average Mixtral took 358 us instead of 258
         if codes and tokens_each <= (17 if long else 10):
             best = Tile(24, 1, 4, 1, scales_sums=True)

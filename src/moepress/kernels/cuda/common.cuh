@@ -97,19 +97,16 @@ __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __ex
 
 // ---- unpacking ----------------------------------------------------------------------------------------------------
 
+// The base of codes that are multiplied with it, of 1 to 4 bits: there must be room for them below it.
+constexpr int CODE_BASE = 16;
+
 // A code left at mantissa bit p of a number whose last place there is worth 1 has unit weight whatever p is; only the
-// base 2^(MANTISSA - p) that comes with it differs. `place` is that p for pair `pair` of a unit (ours), in both rows.
-template <int B, bool BF16> __host__ __device__ constexpr int place(int pair) {
+// base 2^(MANTISSA - p) that comes with it differs. `place` is that p for pair `pair` of a unit (ours), in both rows: where it
+// takes fewest shifts, or where all have the base CODE_BASE.
+template <int B, bool BF16, bool ONE_BASE = false> __host__ __device__ constexpr int place(int pair) {
+    if (ONE_BASE) return Half<BF16>::MANTISSA - 4;
     const int n = pair / 2, p = B == 3 ? (n == 3 ? 4 : n == 2 ? 0 : 3 * n) : B * (n % (8 / B));
     return BF16 && p + B > 7 ? 0 : p;
-}
-
-// The base of a code of so many bits, 1 to 4, in octet `pair` of a unit, as `unpack` leaves it.
-template <bool BF16> __device__ __forceinline__ float code_base(int bits, int pair) {
-    auto base = [&](int p) { return float(1 << (Half<BF16>::MANTISSA - p)); };
-    if (bits == 1) return base(place<1, BF16>(pair));
-    if (bits == 2) return base(place<2, BF16>(pair));
-    return base(bits == 3 ? place<3, BF16>(pair) : place<4, BF16>(pair));
 }
 
 __device__ __forceinline__ u32 select_or(u32 word, u32 mask, u32 with) {
@@ -118,12 +115,14 @@ __device__ __forceinline__ u32 select_or(u32 word, u32 mask, u32 with) {
     return x;
 }
 
-// The two codes at bit `at` of both halves of a word, as numbers (base + code).
-template <int B, bool BF16> __device__ __forceinline__ u32 extract(u32 word, int at, int pair) {
-    const int p = place<B, BF16>(pair);
+// A word's bit `at` at bit `to`.
+__device__ __forceinline__ u32 move_bit(u32 word, int at, int to) { return at < to ? word << (to - at) : word >> (at - to); }
+
+// The two codes at bit `at` of both halves of a word, as numbers (base + code) with the code at bit p.
+template <int B, bool BF16> __device__ __forceinline__ u32 extract(u32 word, int at, int p) {
     const u32 mask = ((1u << B) - 1u) << p;
     const u32 with = Half<BF16>::exponent(p);
-    return select_or(at == p ? word : word >> (at - p), mask * 0x10001u, with * 0x10001u);
+    return select_or(move_bit(word, at, p), mask * 0x10001u, with * 0x10001u);
 }
 
 // 8-bit codes in bfloat16, less a multiple of 16 up to 128: two nibbles, each exact, and their exact sum. `high_base` is
@@ -137,26 +136,26 @@ __device__ __forceinline__ u32 extract_byte_bf16(u32 word, u32 high_base) {
 
 // One unit's words -> the 16 A registers of its four k-steps, as base + code, the base that of `place`; register 2 * pair + r.
 // 8-bit codes do not fit bfloat16's mantissa and come without a base, less 128 or what `high_base` takes off.
-template <int B, bool BF16>
+template <int B, bool BF16, bool ONE_BASE = false>
 __device__ __forceinline__ void unpack(const u32* word, u32 (&a)[16], u32 high_base = 0xc508c508u) {
 #pragma unroll
     for (int pair = 0; pair < 8; ++pair) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int n = pair / 2, odd = 8 * (pair % 2), q = 4 * r + n;
+            const int n = pair / 2, odd = 8 * (pair % 2), q = 4 * r + n, p = place<B, BF16, ONE_BASE>(pair);
             u32& x = a[2 * pair + r];
             if constexpr (B == 3) {
                 if (n < 3) {
-                    x = extract<3, BF16>(word[n < 2 ? r : 2], 3 * (n < 2 ? n : r) + odd, pair);
+                    x = extract<3, BF16>(word[n < 2 ? r : 2], 3 * (n < 2 ? n : r) + odd, p);
                 } else {  // two bits from one word, the highest from another
-                    x = select_or(word[r] >> (2 + odd), 0x00300030u, Half<BF16>::exponent(4) * 0x10001u);
-                    x = select_or(word[2] >> (r + odd), 0x00400040u, x);
+                    x = extract<2, BF16>(word[r], 6 + odd, p);
+                    x = select_or(move_bit(word[2], 6 + r + odd, p + 2), 0x00040004u << p, x);
                 }
             } else if constexpr (B == 8 && BF16) {
                 x = extract_byte_bf16(word[q] >> odd, high_base);
             } else {
                 constexpr int EACH = 8 / B;
-                x = extract<B, BF16>(word[q / EACH], B * (q % EACH) + odd, pair);
+                x = extract<B, BF16>(word[q / EACH], B * (q % EACH) + odd, p);
             }
         }
     }

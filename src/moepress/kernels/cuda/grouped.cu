@@ -8,8 +8,8 @@
 // warpgroups share the columns and add up in their order, and in a dense layer the blocks of a cluster.
 //
 // Tiles of 24 tokens leave the scale out of W: (base + code) is multiplied as it is, unit by unit into sums of their own, and
-// scale * (sum - zero * sum of x - sum of base * x) is added to the tile's (ours; sums of x come with x, as with bytes). That
-// is three operations for each sum instead of two for each pair of weights, so it pays while columns are few.
+// scale * (sum - (zero + base) * sum of x) is added to the tile's (ours; sums of x come with x, as with bytes). That is two
+// operations for each sum instead of two for each pair of weights, so it pays while columns are few.
 //
 // Compensators W + u v: u times t = v x is added to the sums of W x while they are in registers; from 24 tokens a tile on t is the
 // last stages. Tiles of 8 and 24 tokens multiply v in the same launch, as its first tiles; all of its blocks are at work at once, so
@@ -57,7 +57,7 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
             const u32 full = bars + 16 * stage, to = ring + stage * STAGE;
             tensor_copy(to, narrow ? &other_map : &x_map, 0, work.token, record * U, full);
             if constexpr (C::BYTES) tensor_copy(to + C::sums_at(MAX_B), &other_map, 0, work.token, record, full);
-            if constexpr (AFTER) tensor_copy(to + C::sums_at(MAX_B), &other_map, 0, work.token, record * U / 2, full);
+            if constexpr (AFTER) tensor_copy(to + C::sums_at(MAX_B), &other_map, record * U, work.token, 0, full);
         };
         auto ask_records = [&](int stage, int record, u32 bytes) {
             const u32 full = bars + 16 * stage, to = ring + stage * STAGE + C::X_BYTES;
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
             const __grid_constant__ TensorMap t_map) {
     using C = Config<U, G, NT, MI, WGS, KW, V_BITS<NT, AFTER, FB>, AFTER>;
     static_assert(!AFTER || (MI == 1 && WGS == 4 && KW == 1 && BLOCKS == 1), "as registers are handed over below");
-    static_assert(!AFTER || (BF16 && 1 <= B && B <= 4 && G != 32), "codes have a base, and units one scale");
+    static_assert(!AFTER || (MAX_B <= 4 && G != 32), "codes have a base, and units one scale");
     constexpr u32 STAGE = C::stage_bytes(MAX_B);
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ __align__(8) u64 bar[2 * 16];
@@ -228,8 +228,8 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
                         else added.load(0, lane);
                     }
                     if constexpr (AFTER)
-                        accumulate_codes<C, B, U, G, BF16, NT, N, FB>(acc, added, own_ring, STAGE, C::sums_at(MAX_B), own_bars,
-                                                                      p.stages, stage, phase, records, wg, lane, warp);
+                        accumulate_codes<C, B, MAX_B, U, G, BF16, NT, N, FB>(acc, added, own_ring, STAGE, C::sums_at(MAX_B), own_bars,
+                                                                      p.stages, stage, phase, records, wg, lane, warp, bits);
                     else accumulate<C, B, MAX_B, U, G, BF16, NT, N, MI, WGS, KW, FB>(acc, added, WHERE, bits, work.centre);
                 } else {
                     if constexpr (B) BYTES(B, U, G);
@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
             if constexpr (SUMS_NEXT)
                 if (octet_sums) {
                     named_barrier(2, WGS * 128);
-                    if (128 * group < C::H_UNITS * NT) store_sums<BF16, NT, C::H_UNITS>(p, work, octet_sums, thread);
+                    if (128 * group < C::H_UNITS * NT) store_sums<NT, C::H_UNITS>(p, work, octet_sums, thread);
                 }
         }
     }

@@ -19,7 +19,7 @@ from moepress.kernels.cuda.functions import address, find_kernel, is_bf16, proce
 from moepress.kernels.cuda.rows import Route, Rows
 from moepress.kernels.cuda.tensor_map import map_rows, map_sums
 
-_Next = structure("_Next", "bytes sums", "", "units record_units segments floats bits")
+_Next = structure("_Next", "bytes sums", "", "units record_units segments floats")
 _Sizes = structure(
     "_Sizes",
     "",
@@ -111,7 +111,10 @@ def grouped(
     x_map = map_rows(x, tile.tokens, units)
     if tile.scales_sums or tile.takes_bytes:
         assert rows.sums is not None, f"{mode} takes sums of x, which nobody has made"
-        other_map = map_sums(rows.sums, tile.tokens, tile.column_groups * shape.step if tile.takes_bytes else 2)
+        if tile.takes_bytes:
+            other_map = map_sums(rows.sums, tile.tokens, tile.column_groups * shape.step, shape.record_sums)
+        else:
+            other_map = map_sums(rows.sums[None], tile.tokens, 1, 4)
     else:
         other_map = map_rows(x, tile.narrow, units)
     t_map = map_rows(added.t, tile.tokens, 1) if added and not tile.takes_bytes else x_map  # x_map: nobody reads it
@@ -140,7 +143,8 @@ def _next(then: Next | None) -> ctypes.Structure:
     if then is None:
         return _Next()
     (_, in_bytes, sums), shape, layout = then.rows, then.bank.shape, then.bank.shape.any
-    sizes = layout.padded_columns // 64, layout.units, shape.segments, shape.record_sums, layout.word_bits
+    assert sums is not None, "what comes next takes sums, alone or with bytes"
+    sizes = layout.padded_columns // 64, layout.units, shape.segments, sums.shape[-1]
     return _Next(address(in_bytes), address(sums), *sizes)
 
 

@@ -4,19 +4,28 @@
 #include "grouped_tiles.cuh"
 #include "wgmma.cuh"
 
-// Unit `u` of a record -> scaled weights in the A registers. Chunks of words are read when first needed.
+// A lane's words of a record's unit `u`, after those of the units before. They come in chunks of U, of which `chunk` is the last.
+template <int B, int U>
+__device__ __forceinline__ void load_words(u32 (&words)[B], u32 (&chunk)[U], u32 record, int u, int lane) {
+#pragma unroll
+    for (int i = 0; i < B; ++i) {
+        const int word = u * B + i;
+        if (word % U == 0) load_shared<U>(chunk, record + word * 128 + lane * 4 * U);
+        words[i] = chunk[word % U];
+    }
+}
+
+// Unit `u` of a record -> scaled weights in the A registers.
 template <int B, int U, int G, bool BF16>
-__device__ __forceinline__ void dequantize(u32 (&a)[16], u32 (&words)[U * B], u32 record, int u, int lane, int byte_centre) {
+__device__ __forceinline__ void dequantize(u32 (&a)[16], u32 (&chunk)[U], u32 record, int u, int lane, int byte_centre) {
     using H = Half<BF16>;
     constexpr int M = Record<U, G>::GROUPS, SEGMENTS = G == 32 ? 2 : 1;
     // Taken off the codes before they are scaled: rounding the offset to 16 bits costs in proportion to its size, and
     // zeros lie near the middle. Without it errors were 1.8 times those of rounding each weight, with it 1.2 times.
     const int centre = B == 8 ? byte_centre : B == 1 ? 0 : 1 << (B - 1);
-#pragma unroll
-    for (int c = 0; c < B; ++c)
-        if (c * U >= u * B && c * U < (u + 1) * B)
-            load_shared<U>(reinterpret_cast<u32(&)[U]>(words[c * U]), record + c * 128 * U + lane * 4 * U);
-    unpack<B, BF16>(words + u * B, a, (0xc500u + centre / 16) * 0x10001u);
+    u32 words[B];
+    load_words<B, U>(words, chunk, record, u, lane);
+    unpack<B, BF16>(words, a, (0xc500u + centre / 16) * 0x10001u);
 #pragma unroll
     for (int s = 0; s < SEGMENTS; ++s) {
         const int m = M == 1 ? 0 : (u * SEGMENTS + s) * M / (U * SEGMENTS);
@@ -47,9 +56,9 @@ __device__ __forceinline__ void dequantize(u32 (&a)[16], u32 (&words)[U * B], u3
 // The same where widths are mixed. The choice is made here, unit by unit, so that one set of products serves all widths:
 // with a loop for each the compiler found no registers for their sums and made every product wait for the one before.
 template <int B, int MAX_B, int U, int G, bool BF16>
-__device__ __forceinline__ void dequantize_any(u32 (&a)[16], u32 (&words)[U * MAX_B], u32 record, int u, int lane, int bits,
+__device__ __forceinline__ void dequantize_any(u32 (&a)[16], u32 (&chunk)[U], u32 record, int u, int lane, int bits,
                                                int centre) {
-#define DEQUANTIZE(W) dequantize<W, U, G, BF16>(a, reinterpret_cast<u32(&)[U * W]>(words), record, u, lane, centre)
+#define DEQUANTIZE(W) dequantize<W, U, G, BF16>(a, chunk, record, u, lane, centre)
     if constexpr (B) DEQUANTIZE(B);
     else if (bits == 1) DEQUANTIZE(1);
     else if (bits == 2) DEQUANTIZE(2);
@@ -76,7 +85,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], A& added, u3
         if (record + kw * STEP < records) {
             const u32 at = stages_at + stage * stage_bytes, w = at + C::X_BYTES;
             const u64 tile = swizzled_tile(at + kw * 4 * N * 128);
-            u32 words[MI][U * MAX_B];
+            u32 chunk[MI][U];
 #pragma unroll
             for (int unit = 0; unit < 4; ++unit) {
                 const int s = unit / U, u = unit % U;
@@ -85,7 +94,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], A& added, u3
                 for (int mi = 0; mi < MI; ++mi) {
                     u32(&operand)[16] = a[(unit * MI + mi) % 2];
                     const u32 from = w + (((wg * MI + mi) * KW * STEP + kw * STEP + s) * 4 + warp) * size;
-                    dequantize_any<B, MAX_B, U, G, BF16>(operand, words[mi], from, u, lane, bits, centre);
+                    dequantize_any<B, MAX_B, U, G, BF16>(operand, chunk[mi], from, u, lane, bits, centre);
                     wgmma_fence();
                     Wgmma<N, BF16>::run(acc[mi], operand, tile + unit * N * 8);
                     wgmma_commit();
@@ -120,60 +129,97 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], A& added, u3
     if (held >= 0 && lane == 0) mbarrier_arrive(bars + 16 * held + 8);
 }
 
-// acc += scale (part - zero sum - base): the sums of a group's codes, which had a base. `sums` are those of x,
-// of a lane's tokens, in steps of 16 bytes.
-template <int N>
-__device__ __forceinline__ void scale_sums(float (&acc)[N / 2], const float (&part)[N / 2], const u32 (&meta)[2], u32 sums) {
-#pragma unroll
-    for (int i = 0; i < N / 8; ++i)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            float sum, base;
-            asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(sum), "=f"(base) : "r"(sums + (8 * i + e) * 16));
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const int at = 4 * i + 2 * r + e;
-                const float own = part[at] - fmaf(Half<false>::hi(meta[r]), sum, base);
-                acc[at] = fmaf(Half<false>::lo(meta[r]), own, acc[at]);
-            }
-        }
+// Unit `u` of a record -> CODE_BASE + code in the A registers.
+template <int B, int U, bool BF16>
+__device__ __forceinline__ void unpack_codes(u32 (&a)[16], u32 (&chunk)[U], u32 record, int u, int lane) {
+    u32 words[B];
+    load_words<B, U>(words, chunk, record, u, lane);
+    unpack<B, BF16, true>(words, a);
 }
 
+// Scales and zeros in a lane's rows of two units of a record, or of one where records have no more; and the sums of x of two units
+// in its tokens, where registers have room for them.
+template <int N> struct Scaling {
+    static constexpr bool KEEPS_SUMS = N <= 16;
+    u32 meta[2][2];                             // [unit][row]
+    float sums[2][KEEPS_SUMS ? N / 4 : 1];  // [unit][token]
+    u32 sums_at;  // of the lane's first token, that of the first unit; tokens are 16 bytes apart
+
+    __device__ __forceinline__ u32 sum_at(int i) const { return sums_at + (i / 2 * 8 + i % 2) * 16; }
+
+    template <int U, int G> __device__ __forceinline__ void load(u32 metas_at, int u, u32 at) {
+        constexpr int M = Record<U, G>::GROUPS;
+        sums_at = at;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const u32 from = metas_at + 4 * (M * 8 * r + u * M / U);
+            if constexpr (M == U && U > 1) {
+                u32 both[2];
+                load_shared<2>(both, from);
+                meta[0][r] = both[0], meta[1][r] = both[1];
+            } else {
+                load_shared<1>(reinterpret_cast<u32(&)[1]>(meta[0][r]), from);
+                meta[1][r] = meta[0][r];
+            }
+        }
+        if constexpr (KEEPS_SUMS)
+#pragma unroll
+            for (int i = 0; i < N / 4; ++i)
+                asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(sums[0][i]), "=f"(sums[1][i]) : "r"(sum_at(i)));
+    }
+
+    // acc += scale (part - (zero + base) sum), where part is the sum of x times codes with their base.
+    __device__ __forceinline__ void add(float (&acc)[N / 2], const float (&part)[N / 2], int unit, int of_sums) const {
+#pragma unroll
+        for (int i = 0; i < N / 4; ++i) {
+            float sum;
+            if constexpr (KEEPS_SUMS) sum = sums[of_sums][i];
+            else asm volatile("ld.shared.f32 %0, [%1];" : "=f"(sum) : "r"(sum_at(i) + 4 * of_sums));
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float& y = acc[i / 2 * 4 + 2 * r + i % 2];
+                const float own = fmaf(-CODE_BASE - Half<false>::hi(meta[unit][r]), sum, part[i / 2 * 4 + 2 * r + i % 2]);
+                y = fmaf(Half<false>::lo(meta[unit][r]), own, y);
+            }
+        }
+    }
+};
+
 // The same with codes that have their base, whose sums are scaled unit by unit: for few tokens less work than scaling weights.
-template <typename C, int B, int U, int G, bool BF16, int NT, int N, int FB, typename A>
+template <typename C, int B, int MAX_B, int U, int G, bool BF16, int NT, int N, int FB, typename A>
 __device__ __forceinline__ void accumulate_codes(float (&acc)[1][N / 2], A& added, u32 stages_at, u32 stage_bytes, u32 sums_at,
                                                  u32 bars, int stages, int& stage, u32& phase, int records, int wg, int lane,
-                                                 int warp) {
+                                                 int warp, int bits) {
     constexpr int STEP = C::STEP, M = Record<U, G>::GROUPS;
-    constexpr u32 SIZE = Record<U, G>::bytes(B);
+    const u32 size = Record<U, G>::bytes(B ? B : bits);
     const int rounds = (records + STEP - 1) / STEP, more = FB > 0 ? added.units() : 0;
     for (int round = 0; round < rounds; ++round) {
         mbarrier_wait(bars + 16 * stage, phase);
         const u32 at = stages_at + stage * stage_bytes;
         const u64 tile = swizzled_tile(at);
-        u32 a[2][16], meta[2][2], words[U * B];
+        u32 a[2][16], chunk[U];
         float part[2][N / 2];
-        auto scale = [&](int unit) {
-            scale_sums<N>(acc[0], part[unit % 2], meta[unit % 2], at + sums_at + (unit / 2 * NT + lane % 4 * 2) * 16 + unit % 2 * 8);
-        };
+        Scaling<N> scaling;
+        auto scale = [&](int unit) { scaling.add(acc[0], part[unit % 2], unit % U % 2, unit % 2); };
 #pragma unroll
         for (int unit = 0; unit < 4; ++unit) {
             const int s = unit / U, u = unit % U;
             if (s > 0 && round * STEP + s >= records) break;
-            const u32 record = at + C::X_BYTES + ((wg * STEP + s) * 4 + warp) * SIZE;
-#pragma unroll
-            for (int c = 0; c < B; ++c)
-                if (c * U >= u * B && c * U < (u + 1) * B)
-                    load_shared<U>(reinterpret_cast<u32(&)[U]>(words[c * U]), record + c * 128 * U + lane * 4 * U);
-#pragma unroll
-            for (int r = 0; r < 2; ++r)
-                load_shared<1>(reinterpret_cast<u32(&)[1]>(meta[unit % 2][r]),
-                               record + 128 * U * B + 4 * (M * (lane / 4 + 8 * r) + (M == 1 ? 0 : u * M / U)));
-            unpack<B, BF16>(words + u * B, a[unit % 2]);
+            const u32 record = at + C::X_BYTES + ((wg * STEP + s) * 4 + warp) * size;
+#define UNPACK(W) unpack_codes<W, U, BF16>(a[unit % 2], chunk, record, u, lane)
+            if constexpr (B) UNPACK(B);
+            else if (bits == 1) UNPACK(1);
+            else if (bits == 2) UNPACK(2);
+            else if (bits == 3) UNPACK(3);
+            else UNPACK(4);
+#undef UNPACK
             wgmma_fence();
             Wgmma<N, BF16>::template run<false>(part[unit % 2], a[unit % 2], tile + unit * NT * 8);
             wgmma_commit();
             if (u > 0) wgmma_wait<1>(), scale(unit - 1);
+            if (u % 2 == 0)
+                scaling.template load<U, G>(record + 128 * U * (B ? B : bits) + 4 * M * (lane / 4), u,
+                                            at + sums_at + lane % 4 * 32 + unit / 2 * 8);
             if (u == U - 1) wgmma_wait<0>(), scale(unit);
         }
         __syncwarp();  // all lanes have read sums of x

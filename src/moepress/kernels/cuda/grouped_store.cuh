@@ -87,24 +87,21 @@ __device__ __forceinline__ void store_bytes(const Arguments& p, const Work& work
     sums[0] = bytes.scale, sums[1] = bytes.sum;
 }
 
-// Sums of the tile's results over units, and of them times bases, from those of octets, [unit][octet][token]. Whole warps, with
-// no branch: after one the compiler took the stage for different from lane to lane.
-template <bool BF16, int NT, int UNITS>
+// Sums of the tile's results over units, from those of octets, [unit][octet][token]. Whole warps, with no branch: after one
+// the compiler took the stage for different from lane to lane.
+template <int NT, int UNITS>
 __device__ __forceinline__ void store_sums(const Arguments& p, const Work& work, const float* octets, int thread) {
     const Next& next = p.next;
-    const int token = thread % NT, unit = work.row_block / 8 + thread / NT, pairs = p.tokens * p.slots;
-    float sum[8], base[8];
+    const int token = thread % NT, unit = work.row_block / 8 + thread / NT;
+    float sum[8];
 #pragma unroll
-    for (int octet = 0; octet < 8; ++octet) {
-        sum[octet] = octets[(min(thread / NT, UNITS - 1) * 8 + octet) * NT + token];
-        base[octet] = sum[octet] * code_base<BF16>(next.bits, octet);
-    }
+    for (int octet = 0; octet < 8; ++octet) sum[octet] = octets[(min(thread / NT, UNITS - 1) * 8 + octet) * NT + token];
 #pragma unroll
     for (int step = 1; step < 8; step *= 2)  // in the order of `make_sums`
 #pragma unroll
-        for (int octet = 0; octet < 8; octet += 2 * step) sum[octet] += sum[octet + step], base[octet] += base[octet + step];
-    float2* to = reinterpret_cast<float2*>(next.sums) + ((u64)(unit / 2) * pairs + work.token + token) * 2 + unit % 2;
-    if (thread < UNITS * NT && 8 * unit < p.row_blocks && token < work.tokens) *to = make_float2(sum[0], base[0]);
+        for (int octet = 0; octet < 8; octet += 2 * step) sum[octet] += sum[octet + step];
+    if (thread < UNITS * NT && 8 * unit < p.row_blocks && token < work.tokens)
+        next.sums[(u64)(work.token + token) * next.floats + unit] = sum[0];
 }
 
 // Adds up what the KW warpgroups of the same rows have, in their order; the first of them gets it.

@@ -6,12 +6,11 @@
 // What a product after this one takes of y besides y, as `prepare_rows` makes it: bytes, or the sums that go with 16 bits.
 struct Next {
     u32* bytes;    // [pairs][units][UNIT_WORDS]; null: not needed
-    float* sums;   // with bytes [records][pairs][floats], else [pairs of units][pairs][2][2]; null: not needed
+    float* sums;   // with bytes [records][pairs][floats], else [pairs][floats], one a unit; null: not needed
     int units;     // of a row
     int record_units;
     int segments;  // of a unit
-    int floats;    // of a record and token
-    int bits;      // of the codes that are multiplied next
+    int floats;    // of a record and token, or of a token
 };
 
 struct Compensators {
@@ -53,7 +52,7 @@ constexpr int MAX_EXPERTS = 512, MAX_SPLITS = 4;
 
 // Tensor maps of the activations, DENSE of the tokens, else of the sorted pairs: x as [units][rows][64] in boxes of
 // [KW * 4, NT or NARROW, 64] with 128-byte swizzle, and for tiles of 8 tokens the same of x's bytes, and their sums as
-// [records][rows][..] in boxes of [KW * 4 / U, NT, ..]; where sums are scaled, [pairs of units][rows][4] in [2, NT, 4].
+// [records][rows][..] in boxes of [KW * 4 / U, NT, ..]; where sums are scaled, of units [rows][..] in [NT, 4].
 // t, for wider tiles, as x in boxes of [1, NT, 64].
 struct alignas(64) TensorMap {
     u8 opaque[128];
@@ -141,10 +140,10 @@ template <int U, int G, int NT, int MI, int WGS, int KW, int FB, bool AFTER> str
     static constexpr int H_UNITS = ROW_BLOCKS / 8;            // units of the intermediate that a tile of GATE_UP has
     static constexpr int SEGMENTS = U * Record<U, G>::SEGMENTS;
     static constexpr int SUM_BYTES = 4 * SUM_FLOATS * (SEGMENTS > 2 ? SEGMENTS : 2);  // of one token and record
-    static constexpr int STAGE_SUMS = BYTES ? KW * STEP * NT * SUM_BYTES : AFTER ? 4 * NT * 8 : 0;  // bytes
+    static constexpr int STAGE_SUMS = BYTES ? KW * STEP * NT * SUM_BYTES : AFTER ? 16 * NT : 0;  // bytes
     static constexpr bool MULTIPLIES_V = FB > 0;
     static constexpr int V_BLOCKS = BYTES ? ROW_BLOCKS : 4;    // row blocks of a tile of v
-    // A stage: x [KW * 4][NT][64], records [MI * WGS][KW * STEP][4], sums: BYTES [KW * STEP][NT][..], AFTER [2][NT][2][2]. When
+    // A stage: x [KW * 4][NT][64], records [MI * WGS][KW * STEP][4], sums: BYTES [KW * STEP][NT][..], AFTER [NT][4]. When
     // a tile of v ends, but for BYTES, what each warpgroup has of it.
     static __device__ __host__ constexpr int sums_at(int max_b) {
         const int own = ROW_BLOCKS * Record<U, G>::bytes(max_b), v = MULTIPLIES_V ? V_BLOCKS * Record<U, UNIT>::bytes(FB) : 0;

@@ -62,9 +62,8 @@ def run_many(
 ) -> None:
     """The sorted path, for any number of tokens."""
     tokens, pairs, each = len(x), ids.numel(), ids.numel() / len(gate_up.where)
-    bf16 = x.dtype == torch.bfloat16
     (up_tile, up_stages), (tile, stages) = (
-        find_tile(x, bank, half, choose.expert_tiles(bank.shape, each, bf16=bf16), factors and factors.ranks)
+        find_tile(x, bank, half, choose.expert_tiles(bank.shape, each), factors and factors.ranks)
         for half, bank, factors in zip(HALVES, (gate_up, down), (gate_up_factors, down_factors), strict=True)
     )
     halves = Half(up_tile, gate_up, gate_up_factors), Half(tile, down, down_factors)
@@ -109,7 +108,7 @@ def instances(
         yield "route.cu", rows_instance(kernel, bank, dtype)
     for half, bank, both in zip(HALVES, (gate_up, down), factors, strict=True):
         for tokens in choose.EXAMPLES:
-            tile = choose.expert_tiles(bank, tokens, bf16=dtype == torch.bfloat16)[0]
+            tile = choose.expert_tiles(bank, tokens)[0]
             yield "grouped.cu", grouped_instance(half, bank, dtype, tile, _ranks(both))
             if both and not tile.multiplies_v:
                 for own in choose.every_factor_tile(both[0]):

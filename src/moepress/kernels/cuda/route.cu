@@ -59,11 +59,9 @@ template <bool BF16> __global__ void __launch_bounds__(256) combine(const Combin
 struct RowsOut {
     u16* rows;    // [rows, 64 * units], zeros past the end; null: not needed
     u32* bytes;   // [rows][units][UNIT_WORDS] or null
-    float* sums;  // of segments: with bytes scale and sum, [records][count][sum_floats]; else sum and that of x times bases,
-                  // [pairs of units][count][2][2]
+    float* sums;  // with bytes scale and sum of segments, [records][count][sum_floats]; else of units, [count][sum_floats]
     int* zeros;   // [zero_count] that are set to 0: counters of the products that follow
     int count, units, record_units, sum_floats, zero_count;
-    int bits;  // of the codes that are multiplied next
 
     __device__ __forceinline__ void clear() const {
         for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < zero_count; i += gridDim.x * blockDim.x) zeros[i] = 0;
@@ -74,7 +72,7 @@ struct RowsOut {
 struct Piece {
     u32 octet[4];
     uint4 bytes;  // words 4 pair to 4 pair + 3 of the unit: whole pieces of 16 bytes
-    float scale, sum;  // as in `sums`
+    float scale, sum;  // as in `sums`; a scale with bytes only
 
     // All lanes, of which each has the octet o with o % 8 == lane % 8; `corner` is the warp's own.
     template <int G, bool BF16> __device__ __forceinline__ void make_bytes(u32 (&corner)[4 * WARP], int lane) {
@@ -89,14 +87,12 @@ struct Piece {
         __syncwarp();
     }
     // Sums of 64 columns of 16-bit numbers, in float32.
-    template <bool BF16> __device__ __forceinline__ void make_sums(int bits, int lane) {
-        float total = 0.f;
+    template <bool BF16> __device__ __forceinline__ void make_sums() {
+        sum = 0.f;
 #pragma unroll
-        for (int t = 0; t < 4; ++t) total += Half<BF16>::lo(octet[t]) + Half<BF16>::hi(octet[t]);
-        scale = total, sum = total * code_base<BF16>(bits, lane % 8);
+        for (int t = 0; t < 4; ++t) sum += Half<BF16>::lo(octet[t]) + Half<BF16>::hi(octet[t]);
 #pragma unroll
-        for (int mask = 1; mask < 8; mask *= 2)
-            scale += __shfl_xor_sync(~0u, scale, mask), sum += __shfl_xor_sync(~0u, sum, mask);
+        for (int mask = 1; mask < 8; mask *= 2) sum += __shfl_xor_sync(~0u, sum, mask);
     }
     // As octet `o` of row `row`.
     template <int G> __device__ __forceinline__ void store(const RowsOut& out, int row, int o) const {
@@ -105,7 +101,7 @@ struct Piece {
         if (out.bytes) reinterpret_cast<uint4*>(out.bytes)[unit * (UNIT_WORDS / 4) + o % 8] = bytes;
         if (!out.sums || !Bytes::has_sums<G>(o % 8)) return;
         if (!out.bytes) {
-            reinterpret_cast<float2*>(out.sums)[((u64)(o / 16) * out.count + row) * 2 + o / 8 % 2] = make_float2(scale, sum);
+            out.sums[(u64)row * out.sum_floats + o / 8] = sum;
             return;
         }
         const int record = o / 8 / out.record_units, segment = (o - record * out.record_units * 8) / (G == 32 ? 4 : 8);
@@ -135,7 +131,7 @@ template <int G, bool BF16> __global__ void __launch_bounds__(ROWS_THREADS) prep
         Piece piece = {};
         if (at < all) load_octet<BF16>(piece.octet, p.x + (u64)row * p.k, 8 * o, p.k);
         if (p.out.bytes) piece.make_bytes<G, BF16>(corners[threadIdx.x / WARP], threadIdx.x % WARP);
-        else if (p.out.sums) piece.make_sums<BF16>(p.out.bits, threadIdx.x % WARP);
+        else if (p.out.sums) piece.make_sums<BF16>();
         if (at < all) piece.store<G>(p.out, row, o);
     }
 }
@@ -250,7 +246,7 @@ template <int G, bool BF16> __global__ void __launch_bounds__(PLACE_THREADS) pla
         const int at = from + threadIdx.x;
         if (from > 0) read_octet(at);
         if (p.out.bytes) piece.make_bytes<G, BF16>(corners[warp], lane);
-        else if (p.out.sums) piece.make_sums<BF16>(p.out.bits, lane);
+        else if (p.out.sums) piece.make_sums<BF16>();
         if (at >= all) continue;
         const int* places = placing.places + at / width * p.slots;
         for (int slot = 0; slot < p.slots; ++slot)

@@ -18,7 +18,7 @@ from moepress.kernels.cuda.functions import address, find_function, is_bf16, pro
 PLACE_PAIRS = 1024
 """Most pairs of a block of `place_rows`, as in route.cu."""
 _WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_RowsOut = structure("_RowsOut", "rows bytes sums zeros", "", "count units record_units sum_floats zero_count bits")
+_RowsOut = structure("_RowsOut", "rows bytes sums zeros", "", "count units record_units sum_floats zero_count")
 _Combine = structure("_Combine", "parts y ids", "", "ids_wide slots num_experts n tokens")
 
 
@@ -47,7 +47,7 @@ class Rows(NamedTuple):
     """As many bytes in another order (bytes.cuh), in a tensor of the same shape and dtype."""
     sums: torch.Tensor | None
     """Float32. With bytes, scales and sums of their segments [records, P, floats]; without, for products whose sums are
-    scaled, the sums of units of x and of x times the bases of codes, two units side by side, [pairs of units, P, 4]."""
+    scaled, the sums of units of x [P, units and up to 3 more]."""
 
     @classmethod
     def empty(
@@ -62,8 +62,9 @@ class Rows(NamedTuple):
     ) -> Rows:
         """For products with `bank`'s matrices; `x` gives dtype and device."""
         layout, shape = bank.shape.any, (rows, bank.shape.any.padded_columns)
-        blocks = (layout.records_per_row_block, bank.shape.record_sums) if in_bytes else (-(-bank.shape.units // 2), 4)
-        made = x.new_empty(blocks[0], rows, blocks[1], dtype=torch.float32) if in_bytes or sums else None
+        of_bytes = layout.records_per_row_block, rows, bank.shape.record_sums
+        of_units = rows, bank.shape.units + -bank.shape.units % 4  # copies take 16 bytes
+        made = x.new_empty(of_bytes if in_bytes else of_units, dtype=torch.float32) if in_bytes or sums else None
         return cls(
             x.new_empty(shape) if plain else None,
             x.new_empty(shape) if in_bytes else None,
@@ -74,9 +75,8 @@ class Rows(NamedTuple):
         """`zeros`, int32, are set to 0 by the kernel that makes the rows."""
         layout = bank.shape.any
         made = next(each for each in (self.bytes, self.plain, self.sums) if each is not None)
-        count = made.shape[1] if made is self.sums else len(made)
-        cleared, floats = 0 if zeros is None else zeros.numel(), bank.shape.record_sums
-        sizes = count, bank.shape.units, layout.units, floats, cleared, layout.word_bits
+        cleared, floats = 0 if zeros is None else zeros.numel(), 0 if self.sums is None else self.sums.shape[-1]
+        sizes = len(made), bank.shape.units, layout.units, floats, cleared
         return _RowsOut(*map(address, (*self, zeros)), *sizes)
 
 

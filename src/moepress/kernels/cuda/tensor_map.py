@@ -29,11 +29,11 @@ def map_rows(x: torch.Tensor, tokens: int, units: int) -> TensorMap:
     return _encode(x.data_ptr(), x.dtype, dims, strides, (64, tokens, units), swizzled=True)
 
 
-def map_sums(sums: torch.Tensor, tokens: int, records: int) -> TensorMap:
-    """float32 [records, rows, floats] -> boxes of [records][tokens][floats]."""
+def map_sums(sums: torch.Tensor, tokens: int, records: int, each: int) -> TensorMap:
+    """float32 [records, rows, floats] -> boxes of [records][tokens][each]."""
     count, rows, floats = sums.shape
     dims, strides = (floats, rows, count), (4 * floats, 4 * rows * floats)
-    return _encode(sums.data_ptr(), sums.dtype, dims, strides, (floats, tokens, records), swizzled=False)
+    return _encode(sums.data_ptr(), sums.dtype, dims, strides, (each, tokens, records), swizzled=False)
 
 
 @lru_cache(maxsize=4096)
