@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
                         else added.load(0, lane);
                     }
                     if constexpr (AFTER)
-                        accumulate_codes<C, B, MAX_B, U, G, BF16, NT, N, FB>(acc, added, own_ring, STAGE, C::sums_at(MAX_B), own_bars,
+                        accumulate_codes<C, B, U, G, BF16, NT, N, FB>(acc, added, own_ring, STAGE, C::sums_at(MAX_B), own_bars,
                                                                       p.stages, stage, phase, records, wg, lane, warp, bits);
                     else accumulate<C, B, MAX_B, U, G, BF16, NT, N, MI, WGS, KW, FB>(acc, added, WHERE, bits, work.centre);
                 } else {

@@ -185,43 +185,50 @@ template <int N> struct Scaling {
     }
 };
 
-// The same with codes that have their base, whose sums are scaled unit by unit: for few tokens less work than scaling weights.
-template <typename C, int B, int MAX_B, int U, int G, bool BF16, int NT, int N, int FB, typename A>
+// The columns of one stage of codes with their base, whose sums are scaled unit by unit: for few tokens less work than scaling
+// weights. `first` is a warp's first record there, of `records`; `sums_at` has the sums of x of the lane's first token.
+template <typename C, int B, int U, int G, bool BF16, int NT, int N>
+__device__ __forceinline__ void multiply_codes(float (&acc)[N / 2], u32 first, int records, u64 tile, u32 sums_at, int lane) {
+    u32 a[2][16], chunk[U];
+    float part[2][N / 2];
+    Scaling<N> scaling;
+    auto scale = [&](int unit) { scaling.add(acc, part[unit % 2], unit % U % 2, unit % 2); };
+#pragma unroll
+    for (int unit = 0; unit < 4; ++unit) {
+        const int s = unit / U, u = unit % U;
+        if (s > 0 && s >= records) break;
+        const u32 record = first + s * 4 * Record<U, G>::bytes(B);
+        unpack_codes<B, U, BF16>(a[unit % 2], chunk, record, u, lane);
+        wgmma_fence();
+        Wgmma<N, BF16>::template run<false>(part[unit % 2], a[unit % 2], tile + unit * NT * 8);
+        wgmma_commit();
+        if (u > 0) wgmma_wait<1>(), scale(unit - 1);
+        if (u % 2 == 0)
+            scaling.template load<U, G>(record + 128 * U * B + 4 * Record<U, G>::GROUPS * (lane / 4), u, sums_at + unit / 2 * 8);
+        if (u == U - 1) wgmma_wait<0>(), scale(unit);
+    }
+}
+
+// All stages of a tile, and those of t. Where widths are mixed each has a stage of its own code: nothing is under way between.
+template <typename C, int B, int U, int G, bool BF16, int NT, int N, int FB, typename A>
 __device__ __forceinline__ void accumulate_codes(float (&acc)[1][N / 2], A& added, u32 stages_at, u32 stage_bytes, u32 sums_at,
                                                  u32 bars, int stages, int& stage, u32& phase, int records, int wg, int lane,
                                                  int warp, int bits) {
-    constexpr int STEP = C::STEP, M = Record<U, G>::GROUPS;
-    const u32 size = Record<U, G>::bytes(B ? B : bits);
+    constexpr int STEP = C::STEP;
     const int rounds = (records + STEP - 1) / STEP, more = FB > 0 ? added.units() : 0;
+    const u32 first = C::X_BYTES + (wg * STEP * 4 + warp) * Record<U, G>::bytes(B ? B : bits);
     for (int round = 0; round < rounds; ++round) {
         mbarrier_wait(bars + 16 * stage, phase);
         const u32 at = stages_at + stage * stage_bytes;
-        const u64 tile = swizzled_tile(at);
-        u32 a[2][16], chunk[U];
-        float part[2][N / 2];
-        Scaling<N> scaling;
-        auto scale = [&](int unit) { scaling.add(acc[0], part[unit % 2], unit % U % 2, unit % 2); };
-#pragma unroll
-        for (int unit = 0; unit < 4; ++unit) {
-            const int s = unit / U, u = unit % U;
-            if (s > 0 && round * STEP + s >= records) break;
-            const u32 record = at + C::X_BYTES + ((wg * STEP + s) * 4 + warp) * size;
-#define UNPACK(W) unpack_codes<W, U, BF16>(a[unit % 2], chunk, record, u, lane)
-            if constexpr (B) UNPACK(B);
-            else if (bits == 1) UNPACK(1);
-            else if (bits == 2) UNPACK(2);
-            else if (bits == 3) UNPACK(3);
-            else UNPACK(4);
-#undef UNPACK
-            wgmma_fence();
-            Wgmma<N, BF16>::template run<false>(part[unit % 2], a[unit % 2], tile + unit * NT * 8);
-            wgmma_commit();
-            if (u > 0) wgmma_wait<1>(), scale(unit - 1);
-            if (u % 2 == 0)
-                scaling.template load<U, G>(record + 128 * U * (B ? B : bits) + 4 * M * (lane / 4), u,
-                                            at + sums_at + lane % 4 * 32 + unit / 2 * 8);
-            if (u == U - 1) wgmma_wait<0>(), scale(unit);
-        }
+#define MULTIPLY(W)                                                                                                         \
+    multiply_codes<C, W, U, G, BF16, NT, N>(acc[0], at + first, records - round * STEP, swizzled_tile(at), \
+                                            at + sums_at + lane % 4 * 32, lane)
+        if constexpr (B) MULTIPLY(B);
+        else if (bits == 1) MULTIPLY(1);
+        else if (bits == 2) MULTIPLY(2);
+        else if (bits == 3) MULTIPLY(3);
+        else MULTIPLY(4);
+#undef MULTIPLY
         __syncwarp();  // all lanes have read sums of x
         if (lane == 0) mbarrier_arrive(bars + 16 * stage + 8);
         if (++stage == stages) stage = 0, phase ^= 1;
