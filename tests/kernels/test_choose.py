@@ -43,7 +43,7 @@ def static(tile: choose.Tile) -> int:
 
 def some_tile_fits(bank: choose.Bank, tiles: tuple[choose.Tile, ...], own: int = 0) -> None:
     """`own` of what is declared besides, if that is known."""
-    assert any(tile.stages(bank, AVAILABLE // tile.blocks - static(tile) + own) >= 2 for tile in tiles)
+    assert any(tile.stages(bank, choose.share_of(AVAILABLE, tile.blocks) - static(tile) + own) >= 2 for tile in tiles)
     for tile in tiles:
         assert tile.stage_bytes(bank) % 1024 == 0
         assert tile.threads <= 1024 and tile.threads * tile.blocks <= 2048
@@ -56,6 +56,18 @@ def test_a_tile_fits_any_experts(bank: choose.Bank, each: float) -> None:
     tiles = choose.expert_tiles(bank, each)
     # the first, or one runs that nobody has compiled
     some_tile_fits(bank, tuple(tiles[:1]), static(tiles[0]) - tiles[0].declared)
+
+
+@given(bank=banks(), each=st.floats(0.01, 30), declared=st.integers(0, 32_768))
+@example(bank=choose.Bank((RecordLayout(1536, 2048, 3, 64),)), each=2.0, declared=17_920)  # 512 bytes too many
+def test_all_blocks_are_at_work_at_once(bank: choose.Bank, each: float, declared: int) -> None:
+    """Or blocks that wait for t could keep out those that make it."""
+    for tile in choose.expert_tiles(bank, each):
+        stages = tile.stages(bank, choose.share_of(AVAILABLE, tile.blocks) - declared)
+        block = declared + stages * tile.stage_bytes(bank) + choose.RESERVED  # the ring is aligned by the kernel
+        assert stages < 2 or tile.blocks * (block + choose.RESERVED) <= 228 * 1024, (
+            "a multiprocessor's, with the system's"
+        )
 
 
 # what NVRTC 13.0 says of gate and up, and of down, with 3 bits
@@ -199,11 +211,11 @@ def test_known_layers() -> None:
     gate_up, down = (choose.Bank((RecordLayout(*shape, 3, 64),)) for shape in ((28672, 4096), (4096, 14336)))
     assert {choose.expert_tiles(each, 2.0)[0] for each in (gate_up, down)} == {choose.Tile(8, 1, 2, 1, blocks=2)}
     codes, scaled = choose.Tile(24, 1, 4, 1, scales_sums=True), choose.Tile(32, 1, 4, 1)
-    assert [choose.expert_tiles(gate_up, each)[0] for each in (6.5, 16.0, 20.0)] == [codes, codes, scaled]
+    assert [choose.expert_tiles(gate_up, each)[0] for each in (6.5, 16.0, 18.0, 19.0)] == [codes, codes, codes, scaled]
     mixed = choose.Bank(tuple(RecordLayout(28672, 4096, bits, 64) for bits in (1, 2, 3, 4)))
     assert choose.expert_tiles(mixed, 16.0)[0] == codes, "widths up to 4 have the same base"
-    assert choose.expert_tiles(small, 8.0)[0] == codes, "short rows: up to 10"
-    assert choose.expert_tiles(small, 12.0)[0] == choose.Tile(32, 1, 2, 1, blocks=2)
+    assert choose.expert_tiles(small, 8.0)[0] == codes, "short rows: up to 12"
+    assert choose.expert_tiles(small, 13.0)[0] == choose.Tile(32, 1, 2, 1, blocks=2)
     other = [(RecordLayout(28672, 4096, 3, 32),), (RecordLayout(28672, 4096, 8, 64),)]
     other.append((RecordLayout(28672, 4096, 2, 64), RecordLayout(28672, 4096, 5, 64)))
     assert {choose.expert_tiles(choose.Bank(each), 16.0)[0] for each in other} == {scaled}, "two scales a unit; no base"

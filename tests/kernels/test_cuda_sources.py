@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,8 +71,55 @@ def test_kernels_compile(every: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
     decode = [each for each in requests if each.source in ("gemv.cu", SOURCE, pack.SOURCE)]
     requests += [replace(each, arch=arch) for each in decode for arch in ("sm_80", "sm_89")]
     chosen = requests[::every]
+    logs = logs_of_nvrtc(monkeypatch)
     done = compiler.warm(chosen)
     assert done.compiled == len(chosen) > 50 and done.cached == 0
+    assert not [log for log in logs if SERIAL in log], "products would wait for each other, a third slower"
+
+
+SERIAL = "wgmma.mma_async instructions are serialized"
+
+
+def logs_of_nvrtc(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the compiler has to say from now on, kernel by kernel."""
+    logs, call = [], compiler._nvrtc
+
+    def nvrtc(function: str, *arguments: Any) -> Any:
+        result = call(function, *arguments)
+        if function == "CompileProgram":
+            log = bytearray(call("GetProgramLogSize", arguments[0]))
+            call("GetProgramLog", arguments[0], log)
+            logs.append(log.decode())
+        return result
+
+    monkeypatch.setattr(compiler, "_nvrtc", nvrtc)
+    return logs
+
+
+def test_the_compiler_tells_of_products_that_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operands that it makes between two products."""
+    monkeypatch.setenv("MOEPRESS_CACHE", str(tmp_path / "cache"))
+    sources = tmp_path / "sources"
+    shutil.copytree(compiler.SOURCES, sources, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    kernel = """#include "wgmma.cuh"
+        template <bool MADE_THERE> __global__ void product(const u32* x, float* y, u32 at) {
+            float d[16] = {};
+            u32 a[16];
+            for (int i = 0; i < 16; ++i) a[i] = MADE_THERE ? 0 : x[16 * threadIdx.x + i];
+            for (int i = 0; i < 2; ++i) {
+                wgmma_fence();
+                Wgmma<32, true>::run(d, a, swizzled_tile(at));
+                wgmma_commit();
+                wgmma_wait<0>();
+                d[0] += 1.f;
+            }
+            for (int i = 0; i < 16; ++i) y[16 * threadIdx.x + i] = d[i];
+        }"""
+    (sources / "product.cu").write_text(kernel)
+    logs = logs_of_nvrtc(monkeypatch)
+    for made_there in ("false", "true"):
+        compiler.compile_kernel("product.cu", f"product<{made_there}>", "sm_90a", folder=sources)
+    assert [SERIAL in log for log in logs] == [False, True]
 
 
 def test_a_tile_is_to_its_kernel_what_it_is_to_its_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ _NARROW = {80: 64, 128: 96, 144: 128}
 MAX_V_SPLITS = 16
 """Parts of v's columns in tiles of 24 tokens, at most."""
 RESERVED = 1024
-"""Shared bytes that the system keeps of each block, and those lost to aligning the ring of `grouped`."""
+"""Shared bytes that the system keeps of each block; as many are lost to aligning the ring of `grouped`."""
 HOPPER, OWN = 227 << 10, 12 << 10
 """Shared bytes that a block can have, and more than `grouped` declares for a dense layer or a factor besides sums."""
 
@@ -120,6 +120,14 @@ class Ranks:
 def ranks(v: RecordLayout, u: RecordLayout) -> Ranks:
     """Of the layouts of v and u."""
     return Ranks(u.word_bits, u.units, u.records_per_row_block, v.units)
+
+
+def share_of(shared: int, blocks: int) -> int:
+    """Shared bytes of each of `blocks` that a multiprocessor holds at a time, where one alone can have `shared`.
+
+    All blocks of `grouped` have to be at work at once where some wait for t that others make.
+    """
+    return (shared + RESERVED) // blocks - RESERVED
 
 
 @dataclass(frozen=True)
@@ -298,7 +306,7 @@ class Tile:
 
     def fits_experts(self, bank: Bank) -> bool:
         """Whether two stages fit on Hopper, for half of a layer of experts."""
-        return 2 * self.stage_bytes(bank) + self.declared + RESERVED <= HOPPER // self.blocks
+        return 2 * self.stage_bytes(bank) + self.declared + RESERVED <= share_of(HOPPER, self.blocks)
 
     def has_room(self, bank: Bank) -> bool:
         """Whether two stages fit on Hopper, for a dense layer or a factor."""
@@ -330,8 +338,8 @@ def expert_tiles(bank: Bank, tokens_each: float) -> Sequence[Tile]:
         best = Tile(8, 1, 2, 1, blocks=2)
     elif tokens_each <= 28:
         codes = bank.most_bits <= 4 and bank.segments == 1
-        # more than fill one tile cost two: at 20 tokens on average Mixtral took 358 us instead of 258
-        if codes and tokens_each <= (17 if long else 10):
+        # more than fill one tile cost two: at 20 tokens on average Mixtral took 330 us instead of 254
+        if codes and tokens_each <= (18 if long else 12):
             best = Tile(24, 1, 4, 1, scales_sums=True)
         else:
             best = Tile(32, 1, 4, 1) if long else Tile(32, 1, 2, 1, blocks=2)

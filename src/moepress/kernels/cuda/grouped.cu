@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
             if constexpr (BYTES_NEXT)
                 if (kw == 0 && octets) {
                     named_barrier(2, WGS * 128);
-                    if (thread < 8 * C::H_UNITS * NT) store_bytes<G, BF16, NT, C::H_UNITS>(p, work, octets, thread);
+                    if (first_lane < 8 * C::H_UNITS * NT) store_bytes<G, BF16, NT, C::H_UNITS>(p, work, octets, thread);
                 }
             if constexpr (SUMS_NEXT)
                 if (octet_sums) {

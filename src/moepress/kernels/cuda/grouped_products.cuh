@@ -15,9 +15,10 @@ __device__ __forceinline__ void load_words(u32 (&words)[B], u32 (&chunk)[U], u32
     }
 }
 
-// Unit `u` of a record -> scaled weights in the A registers.
+// Unit `u` of a record -> scaled weights in the A registers; zeros where there is no such record, whatever lies in its place.
 template <int B, int U, int G, bool BF16>
-__device__ __forceinline__ void dequantize(u32 (&a)[16], u32 (&chunk)[U], u32 record, int u, int lane, int byte_centre) {
+__device__ __forceinline__ void dequantize(u32 (&a)[16], u32 (&chunk)[U], u32 record, int u, int lane, int byte_centre,
+                                           bool exists) {
     using H = Half<BF16>;
     constexpr int M = Record<U, G>::GROUPS, SEGMENTS = G == 32 ? 2 : 1;
     // Taken off the codes before they are scaled: rounding the offset to 16 bits costs in proportion to its size, and
@@ -33,6 +34,7 @@ __device__ __forceinline__ void dequantize(u32 (&a)[16], u32 (&chunk)[U], u32 re
         for (int r = 0; r < 2; ++r) {
             u32 meta[1];
             load_shared<1>(meta, record + 128 * U * B + 4 * (M * (lane / 4 + 8 * r) + m));
+            if (!exists) meta[0] = 0;
             const float scale = Half<false>::lo(meta[0]), zero = Half<false>::hi(meta[0]);
             const float offset = (float(centre) - zero) * scale;
             // A bit has two values only; a scale that makes up for the offset's rounding takes one error off the second.
@@ -57,8 +59,8 @@ __device__ __forceinline__ void dequantize(u32 (&a)[16], u32 (&chunk)[U], u32 re
 // with a loop for each the compiler found no registers for their sums and made every product wait for the one before.
 template <int B, int MAX_B, int U, int G, bool BF16>
 __device__ __forceinline__ void dequantize_any(u32 (&a)[16], u32 (&chunk)[U], u32 record, int u, int lane, int bits,
-                                               int centre) {
-#define DEQUANTIZE(W) dequantize<W, U, G, BF16>(a, chunk, record, u, lane, centre)
+                                               int centre, bool exists) {
+#define DEQUANTIZE(W) dequantize<W, U, G, BF16>(a, chunk, record, u, lane, centre, exists)
     if constexpr (B) DEQUANTIZE(B);
     else if (bits == 1) DEQUANTIZE(1);
     else if (bits == 2) DEQUANTIZE(2);
@@ -89,12 +91,14 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], A& added, u3
 #pragma unroll
             for (int unit = 0; unit < 4; ++unit) {
                 const int s = unit / U, u = unit % U;
-                if (s > 0 && record + kw * STEP + s >= records) break;
+                // with a way out after each unit the compiler made every product wait
+                const bool exists = s == 0 || record + kw * STEP + s < records;
+                if (U > 1 && !exists) break;
 #pragma unroll
                 for (int mi = 0; mi < MI; ++mi) {
                     u32(&operand)[16] = a[(unit * MI + mi) % 2];
                     const u32 from = w + (((wg * MI + mi) * KW * STEP + kw * STEP + s) * 4 + warp) * size;
-                    dequantize_any<B, MAX_B, U, G, BF16>(operand, chunk[mi], from, u, lane, bits, centre);
+                    dequantize_any<B, MAX_B, U, G, BF16>(operand, chunk[mi], from, u, lane, bits, centre, U > 1 || exists);
                     wgmma_fence();
                     Wgmma<N, BF16>::run(acc[mi], operand, tile + unit * N * 8);
                     wgmma_commit();
