@@ -97,28 +97,28 @@ def logs_of_nvrtc(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_the_compiler_tells_of_products_that_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Operands that it makes between two products."""
+    """Of sums that are touched between two."""
     monkeypatch.setenv("MOEPRESS_CACHE", str(tmp_path / "cache"))
     sources = tmp_path / "sources"
     shutil.copytree(compiler.SOURCES, sources, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     kernel = """#include "wgmma.cuh"
-        template <bool MADE_THERE> __global__ void product(const u32* x, float* y, u32 at) {
+        template <bool TOUCHES> __global__ void product(const u32* x, float* y, u32 at) {
             float d[16] = {};
             u32 a[16];
-            for (int i = 0; i < 16; ++i) a[i] = MADE_THERE ? 0 : x[16 * threadIdx.x + i];
+            for (int i = 0; i < 16; ++i) a[i] = x[16 * threadIdx.x + i];
             for (int i = 0; i < 2; ++i) {
                 wgmma_fence();
                 Wgmma<32, true>::run(d, a, swizzled_tile(at));
                 wgmma_commit();
                 wgmma_wait<0>();
-                d[0] += 1.f;
+                if (TOUCHES) d[0] += 1.f;
             }
             for (int i = 0; i < 16; ++i) y[16 * threadIdx.x + i] = d[i];
         }"""
     (sources / "product.cu").write_text(kernel)
     logs = logs_of_nvrtc(monkeypatch)
-    for made_there in ("false", "true"):
-        compiler.compile_kernel("product.cu", f"product<{made_there}>", "sm_90a", folder=sources)
+    for touches in ("false", "true"):
+        compiler.compile_kernel("product.cu", f"product<{touches}>", "sm_90a", folder=sources)
     assert [SERIAL in log for log in logs] == [False, True]
 
 
