@@ -43,7 +43,7 @@ def static(tile: choose.Tile) -> int:
 
 def some_tile_fits(bank: choose.Bank, tiles: tuple[choose.Tile, ...], own: int = 0) -> None:
     """`own` of what is declared besides, if that is known."""
-    assert any(tile.stages(bank, choose.share_of(AVAILABLE, tile.blocks) - static(tile) + own) >= 2 for tile in tiles)
+    assert any(tile.stages(bank, AVAILABLE, static(tile) - own) >= 2 for tile in tiles)
     for tile in tiles:
         assert tile.stage_bytes(bank) % 1024 == 0
         assert tile.threads <= 1024 and tile.threads * tile.blocks <= 2048
@@ -63,7 +63,7 @@ def test_a_tile_fits_any_experts(bank: choose.Bank, each: float) -> None:
 def test_all_blocks_are_at_work_at_once(bank: choose.Bank, each: float, declared: int) -> None:
     """Or blocks that wait for t could keep out those that make it."""
     for tile in choose.expert_tiles(bank, each):
-        stages = tile.stages(bank, choose.share_of(AVAILABLE, tile.blocks) - declared)
+        stages = tile.stages(bank, AVAILABLE, declared)
         block = declared + stages * tile.stage_bytes(bank) + choose.RESERVED  # the ring is aligned by the kernel
         assert stages < 2 or tile.blocks * (block + choose.RESERVED) <= 228 * 1024, (
             "a multiprocessor's, with the system's"
@@ -157,7 +157,7 @@ def test_a_tile_fits_any_matrix(bank: choose.Bank, count: int, cores: int) -> No
             assert (part.splits - 1) * part.records < records <= part.splits * part.records, "an empty one never ends"
             if part.splits > 1:
                 assert part.splits * part.tiles <= cores and part.splits <= 4, "a block of a cluster has one tile"
-                ring = tile.stages(bank, AVAILABLE - static(tile) + PLAINER) * tile.stage_bytes(bank)
+                ring = tile.stages(bank, AVAILABLE, static(tile) - PLAINER) * tile.stage_bytes(bank)
                 assert ring >= 4 * 16 * tile.row_blocks * tile.tokens, "sums lie where the ring was"
 
 

@@ -28,7 +28,7 @@ COLUMNS = {4: 512, 2: 384, 1: 192}
 
 def cases() -> Iterator[tuple[str, str]]:
     """Each width in some mode and dtype; each group size with each record width; mixed banks; long and short rows;
-    compensators."""
+    compensators, of mixed banks too."""
     from moepress.kernels.cuda import run
 
     bf16, fp16 = (run._Instances(dtype, 132, 227 * 1024) for dtype in (torch.bfloat16, torch.float16))
@@ -43,6 +43,11 @@ def cases() -> Iterator[tuple[str, str]]:
     for most in (4, 8):
         layouts = [RecordLayout(64, 512, bits, 64) for bits in (1, 3, most)]
         yield from bf16.experts(layouts, layouts, 2)
+    single = [RecordLayout(64, 2880, bits, 64) for bits in (2, 3)]
+    yield from fp16.experts(single, [RecordLayout(64, 2880, 8, 64)], 2)
+    factors = [RecordLayout(32, 2048, 3, 64)], [RecordLayout(64, 32, 3, 64)]
+    layouts = [RecordLayout(64, 2048, bits, 64) for bits in (1, 2, 4)]
+    yield from bf16.experts(layouts, layouts, 2, factors, factors)
     for instances, bits, rank in ((bf16, 3, 32), (fp16, 8, 128), (bf16, 8, 64), (fp16, 4, 8)):
         factors = [RecordLayout(rank, 2048, bits, 64)], [RecordLayout(64, rank, bits, 64)]
         layouts = [RecordLayout(64, 2048, 3, 64)]
@@ -74,6 +79,7 @@ def test_kernels_compile(every: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
     logs = logs_of_nvrtc(monkeypatch)
     done = compiler.warm(chosen)
     assert done.compiled == len(chosen) > 50 and done.cached == 0
+    assert len(logs) == len(chosen)
     assert not [log for log in logs if SERIAL in log], "products would wait for each other, a third slower"
 
 
@@ -89,7 +95,7 @@ def logs_of_nvrtc(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if function == "CompileProgram":
             log = bytearray(call("GetProgramLogSize", arguments[0]))
             call("GetProgramLog", arguments[0], log)
-            logs.append(log.decode())
+            logs.append(log.decode(errors="replace"))
         return result
 
     monkeypatch.setattr(compiler, "_nvrtc", nvrtc)

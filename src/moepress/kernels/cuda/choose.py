@@ -313,9 +313,13 @@ class Tile:
         sums = 4 * (self.column_groups - 1) * 64 * self.row_tiles * self.row_groups * self.tokens
         return 2 * self.stage_bytes(bank) + sums <= HOPPER - OWN - RESERVED
 
-    def stages(self, bank: Bank, available: int, ranks: Ranks | None = None) -> int:
-        """Stages that fit where a block's share of shared memory is `available` bytes; below 2 the tile cannot run."""
-        return min(8, (available - RESERVED) // self.stage_bytes(bank, ranks))
+    def stages(self, bank: Bank, shared: int, static: int, ranks: Ranks | None = None) -> int:
+        """Stages that fit where a block alone can have `shared` bytes and its kernel declares `static`.
+
+        Below 2 the tile cannot run.
+        """
+        available = share_of(shared, self.blocks) - static - RESERVED
+        return min(8, available // self.stage_bytes(bank, ranks))
 
 
 def passes_sums(up_tile: Tile, tile: Tile) -> bool:

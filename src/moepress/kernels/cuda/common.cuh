@@ -97,14 +97,14 @@ __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __ex
 
 // ---- unpacking ----------------------------------------------------------------------------------------------------
 
-// The base of codes that are multiplied with it, of 1 to 4 bits: there must be room for them below it.
-constexpr int CODE_BASE = 16;
+// The base of codes that are multiplied with it: there must be room for them below it, up to 4 bits.
+constexpr int CODE_BITS = 4, CODE_BASE = 1 << CODE_BITS;
 
 // A code left at mantissa bit p of a number whose last place there is worth 1 has unit weight whatever p is; only the
 // base 2^(MANTISSA - p) that comes with it differs. `place` is that p for pair `pair` of a unit (ours), in both rows: where it
 // takes fewest shifts, or where all have the base CODE_BASE.
 template <int B, bool BF16, bool ONE_BASE = false> __host__ __device__ constexpr int place(int pair) {
-    if (ONE_BASE) return Half<BF16>::MANTISSA - 4;
+    if (ONE_BASE) return Half<BF16>::MANTISSA - CODE_BITS;
     const int n = pair / 2, p = B == 3 ? (n == 3 ? 4 : n == 2 ? 0 : 3 * n) : B * (n % (8 / B));
     return BF16 && p + B > 7 ? 0 : p;
 }

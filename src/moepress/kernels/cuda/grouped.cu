@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(Config<U, G, NT, MI, WGS, KW, FB, AFTER>::THRE
             const __grid_constant__ TensorMap t_map) {
     using C = Config<U, G, NT, MI, WGS, KW, V_BITS<NT, AFTER, FB>, AFTER>;
     static_assert(!AFTER || (MI == 1 && WGS == 4 && KW == 1 && BLOCKS == 1), "as registers are handed over below");
-    static_assert(!AFTER || (MAX_B <= 4 && G != 32), "codes have a base, and units one scale");
+    static_assert(!AFTER || (MAX_B <= CODE_BITS && G != 32), "codes have a base, and units one scale");
     constexpr u32 STAGE = C::stage_bytes(MAX_B);
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ __align__(8) u64 bar[2 * 16];

@@ -159,9 +159,8 @@ def find_tile(
     device = x.device.index
     for tile in tiles:
         _, static = find_kernel("grouped.cu", grouped_instance(mode, bank.shape, x.dtype, tile, ranks), device)
-        room = choose.share_of(shared_bytes_of(device), tile.blocks) - static
         of_v = ranks if tile.multiplies_v else None
-        if (stages := tile.stages(bank.shape, room, of_v)) >= 2:
+        if (stages := tile.stages(bank.shape, shared_bytes_of(device), static, of_v)) >= 2:
             return tile, stages
     raise KernelError(f"no tile of {bank.shape.any} fits into {shared_bytes_of(device)} bytes of shared memory")
 

@@ -4,7 +4,7 @@
 #include "grouped_tiles.cuh"
 #include "wgmma.cuh"
 
-// A lane's words of a record's unit `u`, after those of the units before. They come in chunks of U, of which `chunk` is the last.
+// A lane's words of a record's unit `u`, after those of the units before. They come in chunks of U; `chunk` is the last one.
 template <int B, int U>
 __device__ __forceinline__ void load_words(u32 (&words)[B], u32 (&chunk)[U], u32 record, int u, int lane) {
 #pragma unroll
@@ -91,7 +91,8 @@ __device__ __forceinline__ void accumulate(float (&acc)[MI][N / 2], A& added, u3
 #pragma unroll
             for (int unit = 0; unit < 4; ++unit) {
                 const int s = unit / U, u = unit % U;
-                // with a way out after each unit the compiler made every product wait
+                // With a way out after each unit the compiler made every product wait. Zeros meet x's zeros, or in a part of
+                // the columns what another part has: nothing, but for a NaN where that has an infinity.
                 const bool exists = s == 0 || record + kw * STEP + s < records;
                 if (U > 1 && !exists) break;
 #pragma unroll
@@ -141,19 +142,19 @@ __device__ __forceinline__ void unpack_codes(u32 (&a)[16], u32 (&chunk)[U], u32 
     unpack<B, BF16, true>(words, a);
 }
 
-// Scales and zeros in a lane's rows of two units of a record, or of one where records have no more; and the sums of x of two units
-// in its tokens, where registers have room for them.
+// Scales and zeros in a lane's rows of two units of a record, or of one where records have no more; and the sums of x of two
+// units in its tokens, where registers have room for them.
 template <int N> struct Scaling {
     static constexpr bool KEEPS_SUMS = N <= 16;
-    u32 meta[2][2];                             // [unit][row]
+    u32 meta[2][2];                         // [unit][row]
     float sums[2][KEEPS_SUMS ? N / 4 : 1];  // [unit][token]
-    u32 sums_at;  // of the lane's first token, that of the first unit; tokens are 16 bytes apart
+    u32 first_sum;  // where that of the first unit and the lane's first token is; tokens are 16 bytes apart
 
-    __device__ __forceinline__ u32 sum_at(int i) const { return sums_at + (i / 2 * 8 + i % 2) * 16; }
+    __device__ __forceinline__ u32 sum_at(int i) const { return first_sum + (i / 2 * 8 + i % 2) * 16; }
 
     template <int U, int G> __device__ __forceinline__ void load(u32 metas_at, int u, u32 at) {
         constexpr int M = Record<U, G>::GROUPS;
-        sums_at = at;
+        first_sum = at;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const u32 from = metas_at + 4 * (M * 8 * r + u * M / U);
@@ -191,7 +192,7 @@ template <int N> struct Scaling {
 
 // The columns of one stage of codes with their base, whose sums are scaled unit by unit: for few tokens less work than scaling
 // weights. `first` is a warp's first record there, of `records`; `sums_at` has the sums of x of the lane's first token.
-template <typename C, int B, int U, int G, bool BF16, int NT, int N>
+template <int B, int U, int G, bool BF16, int NT, int N>
 __device__ __forceinline__ void multiply_codes(float (&acc)[N / 2], u32 first, int records, u64 tile, u32 sums_at, int lane) {
     u32 a[2][16], chunk[U];
     float part[2][N / 2];
@@ -208,7 +209,8 @@ __device__ __forceinline__ void multiply_codes(float (&acc)[N / 2], u32 first, i
         wgmma_commit();
         if (u > 0) wgmma_wait<1>(), scale(unit - 1);
         if (u % 2 == 0)
-            scaling.template load<U, G>(record + 128 * U * B + 4 * Record<U, G>::GROUPS * (lane / 4), u, sums_at + unit / 2 * 8);
+            scaling.template load<U, G>(record + 128 * U * B + 4 * Record<U, G>::GROUPS * (lane / 4), u,
+                                        sums_at + unit / 2 * 8);
         if (u == U - 1) wgmma_wait<0>(), scale(unit);
     }
 }
@@ -224,9 +226,9 @@ __device__ __forceinline__ void accumulate_codes(float (&acc)[1][N / 2], A& adde
     for (int round = 0; round < rounds; ++round) {
         mbarrier_wait(bars + 16 * stage, phase);
         const u32 at = stages_at + stage * stage_bytes;
-#define MULTIPLY(W)                                                                                                         \
-    multiply_codes<C, W, U, G, BF16, NT, N>(acc[0], at + first, records - round * STEP, swizzled_tile(at), \
-                                            at + sums_at + lane % 4 * 32, lane)
+#define MULTIPLY(W)                                                                                     \
+    multiply_codes<W, U, G, BF16, NT, N>(acc[0], at + first, records - round * STEP, swizzled_tile(at), \
+                                         at + sums_at + lane % 4 * 32, lane)
         if constexpr (B) MULTIPLY(B);
         else if (bits == 1) MULTIPLY(1);
         else if (bits == 2) MULTIPLY(2);
