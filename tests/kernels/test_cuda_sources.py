@@ -102,6 +102,21 @@ def logs_of_nvrtc(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return logs
 
 
+WAITED = (
+    "3, 3, 1, 64, true, 32, GATE_UP, 1, 4, 1, 1, false, 0, 0",  # a way out after each record of 64 columns
+    "3, 3, 1, 32, false, 64, DENSE, 1, 1, 2, 1, false, 0, 0",
+    "0, 4, 4, 64, true, 24, DOWN, 1, 4, 1, 1, true, 3, 1",  # registers, once
+)
+
+
+@pytest.mark.parametrize("instance", WAITED)
+def test_products_do_not_wait_where_they_did(instance: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEPRESS_CACHE", str(tmp_path))
+    logs = logs_of_nvrtc(monkeypatch)
+    compiler.compile_kernel("grouped.cu", f"grouped<{instance}>", "sm_90a")
+    assert len(logs) == 1 and SERIAL not in logs[0]
+
+
 def test_the_compiler_tells_of_products_that_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of sums that are touched between two."""
     monkeypatch.setenv("MOEPRESS_CACHE", str(tmp_path / "cache"))
@@ -145,6 +160,7 @@ def test_a_tile_is_to_its_kernel_what_it_is_to_its_launch(tmp_path: Path, monkey
             asserts += [
                 f"static_assert({config}::stage_bytes({bits}) == {tile.stage_bytes(bank, ranks)});",
                 f"static_assert({config}::THREADS == {tile.threads});",
+                f"static_assert({config}::STAGE_SUMS == {16 * tile.tokens} || !{after});",  # a box of `map_sums`
             ]
     sources = tmp_path / "sources"
     shutil.copytree(compiler.SOURCES, sources, ignore=shutil.ignore_patterns("*.py", "__pycache__"))

@@ -75,6 +75,20 @@ def test_weights_are_asked_for_early_unless_the_launch_ahead_makes_the_route(
     assert [kernel for kernel, _ in products] == names
 
 
+@pytest.mark.parametrize(("columns", "units", "floats"), [(1408, 22, 24), (768, 12, 12), (64, 1, 4)])
+def test_sums_of_units_lie_as_kernels_are_told(columns: int, units: int, floats: int) -> None:
+    """Rows of them begin where copies of 16 bytes can, and two kernels write into them."""
+    of, x = bank(HIDDEN, columns), torch.empty(3, columns, dtype=torch.bfloat16)
+    rows = Rows.empty(x, 7, of, plain=True, sums=True)
+    assert rows.sums is not None and rows.sums.shape == (7, floats) and rows.sums.dtype == torch.float32
+    told, then = rows.argument(of), grouped._next(grouped.Next(rows, of))
+    assert (told.count, told.units, told.sum_floats) == (7, units, floats)
+    assert (then.units, then.floats) == (units, floats)
+    in_bytes = Rows.empty(x, 7, of, in_bytes=True)
+    assert in_bytes.sums is not None and in_bytes.sums.shape[1:] == (7, of.shape.record_sums)
+    assert in_bytes.argument(of).sum_floats == of.shape.record_sums
+
+
 @pytest.mark.parametrize("rank", [8, 32, 96])
 @pytest.mark.parametrize("tokens", [9, 40, 60, 300])
 def test_halves_that_make_t_have_room_for_it(monkeypatch: pytest.MonkeyPatch, tokens: int, rank: int) -> None:
