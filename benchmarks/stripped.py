@@ -38,9 +38,12 @@ GEMV: dict[str, Edits] = {
     ),
     "records not multiplied": (("multiply_any<B, U, G>(part, ring.head(), x, sums, bits, lane);", ""),),
 }
-_NO_WAITING = (("if (!t_is_there) {", "if (false) {"), ("if (units && !t_is_there) {", "if (false) {"))
+_NO_WAITING = (
+    ("while (!__all_sync(~0u, is_there())) load_row(f, work, i, lane);", ""),
+    ("if (units && !t_is_there) {", "if (false) {"),
+)
 _NO_V = ("schedule.v_row_tiles = C::MULTIPLIES_V ? ", "schedule.v_row_tiles = C::MULTIPLIES_V && p.tokens < 0 ? ")
-_NO_UT = ("compensator.add(acc[0], p.add, work, u_row_block, lane);", "")
+_NO_UT = ("if (adds) compensator.add(acc[0], p.add, work, u_row_block, lane);", "")
 GROUPED: dict[str, Edits] = {  # who waits for t waits for all of v: without v nobody may wait
     "no waiting for t": _NO_WAITING,
     "no u t": (_NO_UT,),
@@ -61,13 +64,13 @@ RUNS = [
 _whole = compiler._texts
 
 
-def without(source: str, text: str, edits: Edits) -> str:
-    """The text of a source with its edits made. SystemExit where one no longer fits."""
+def without(source: str, texts: dict[str, str], edits: Edits) -> dict[str, str]:
+    """The texts of a source and its headers with its edits made. SystemExit where one no longer fits."""
     for old, new in edits:
-        if text.count(old) != 1:
+        if sum(text.count(old) for text in texts.values()) != 1:
             raise SystemExit(f"{source} has no longer this text once, so it cannot be left out: {old}")
-        text = text.replace(old, new)
-    return text
+        texts = {name: text.replace(old, new) for name, text in texts.items()}
+    return texts
 
 
 def leave_out(source: str, edits: Edits) -> None:
@@ -75,7 +78,7 @@ def leave_out(source: str, edits: Edits) -> None:
 
     def texts(name: str, folder: Path) -> dict[str, str]:
         found = _whole(name, folder)
-        return found | {source: without(source, found[source], edits)} if name == source else found
+        return without(source, found, edits) if name == source else found
 
     compiler._texts = texts
     for each in (functions.find_kernel, functions.find_function, few._plan):

@@ -231,14 +231,30 @@ def test_inputs_with_a_mean(case: Case) -> None:
     assert error <= 2 * yardstick
 
 
+@pytest.mark.parametrize("tokens", [9, 33])
+@pytest.mark.parametrize("case", [case for case in CASES.values() if case.ranks])
+def test_a_t_of_zeros_is_there(case: Case, tokens: int) -> None:
+    """In memory 0 stands for what nobody has made yet. Nor does a token without a number keep others waiting."""
+    layer = make(case)
+    x, ids, weights = inputs(case, tokens)
+    x[::2], x[1] = 0, float("nan")
+    y, of_others = run(case, layer, x, ids, weights), x[3::2]
+    assert torch.equal(y[::2], torch.zeros_like(y[::2])) and y[1].isnan().all()
+    x[1] = 0
+    assert of_others.any() and torch.equal(run(case, layer, x, ids, weights)[3::2], y[3::2])
+
+
 @by_case
 @pytest.mark.parametrize("tokens", [9, 33, 180])
 def test_short_cuts_change_no_bit(case: Case, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes and sums of the intermediate made where it is."""
-    from moepress.kernels.cuda import choose, many
+    """Bytes and sums of the intermediate made where it is; tiles known before the route is made."""
+    from moepress.kernels.cuda import choose, grouped, many
 
     layer, given = make(case), inputs(case, tokens, nobody=0.1)
     y = run(case, layer, *given)
+    monkeypatch.setattr(grouped, "MOST_COUNTED", 0)
+    assert torch.equal(run(case, layer, *given), y)
+    monkeypatch.undo()
     if tokens == 33 and case in (CASES["long rows"], CASES["long, a bit in down"], CASES["long, mixed in half"]):
         tiles = [choose.expert_tiles(bank.shape, 66 / case.experts)[0] for bank in layer.banks]
         assert choose.passes_sums(*tiles), "sums are to be tested too"

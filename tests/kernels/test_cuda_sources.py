@@ -177,12 +177,14 @@ def test_parts_that_a_benchmark_leaves_out_are_in_the_sources(monkeypatch: pytes
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     stripped = importlib.import_module("stripped")
     for source, *_, parts in stripped.RUNS:
-        text = (compiler.SOURCES / f"{source}.cu").read_text()
+        texts = compiler._texts(f"{source}.cu", compiler.SOURCES)
         for edits in parts.values():
-            assert stripped.without(source, text, edits) != text
-    for text in ("", "a b a"):  # not there, and there twice
+            assert stripped.without(source, texts, edits) != texts
+    for other in ("", "a b a"):  # not there, and there twice
         with pytest.raises(SystemExit, match="cannot be left out: a"):
-            stripped.without("gemv.cu", text, (("a", "c"),))
+            stripped.without("gemv.cu", {"gemv.cu": other, "factor.cuh": ""}, (("a", "c"),))
+    with pytest.raises(SystemExit, match="cannot be left out: a"):
+        stripped.without("gemv.cu", {"gemv.cu": "a", "factor.cuh": "a"}, (("a", "c"),))
 
 
 def test_a_timeline_stamps_what_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def factors(rows: int, columns: int, rank: int) -> Factors:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
-    """Kernel, and whether it was told that the launch ahead makes the route; in order."""
+    """Kernel, and whether it was told of what the launch ahead makes the route; in order."""
     found: list[tuple[str, bool]] = []
 
     def sort_rows(x: torch.Tensor, ids: torch.Tensor, *_: Any, zeros: Any, **made: bool) -> tuple[Rows, Route]:
@@ -36,8 +36,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
         empty = torch.empty(0)
         return Rows.empty(x, ids.numel(), bank(2 * INNER, HIDDEN), **made), Route(empty, empty, empty, SLOTS)
 
-    def grouped(mode: str, *_: Any, after_route: bool = False, **others: Any) -> None:
-        found.append((mode, after_route))
+    def grouped(mode: str, *_: Any, ids: torch.Tensor | None = None, **others: Any) -> None:
+        found.append((mode, ids is not None))
 
     def prepare(x: torch.Tensor, of: RecordBank, rows: int, *, count: Any, **made: bool) -> Rows:
         found.append(("prepare_rows", False))
@@ -75,6 +75,32 @@ def test_weights_are_asked_for_early_unless_the_launch_ahead_makes_the_route(
     assert [kernel for kernel, _ in products] == names
 
 
+@pytest.mark.parametrize("tokens", [9, 1024, 1025])
+@pytest.mark.parametrize("mode", ["PLAIN", "GATE_UP", "DOWN"])
+def test_who_counts_ids_knows_its_tiles_before_the_route_is_made(
+    monkeypatch: pytest.MonkeyPatch, mode: choose.Mode, tokens: int
+) -> None:
+    """Gate and up of up to 2048 pairs; others are given none, and wait."""
+    told: list[Any] = []
+
+    class Function:
+        def launch(self, blocks: int, threads: int, shared: int, given: Any, **others: Any) -> None:
+            told.append(given[0])
+
+    monkeypatch.setattr(grouped, "find_kernel", lambda *_: (Function(), 0))
+    monkeypatch.setattr(grouped, "processors_of", lambda device: 132)
+    monkeypatch.setattr(grouped, "map_rows", lambda *_: None)
+    x, ids = torch.empty(tokens * SLOTS, HIDDEN), torch.zeros(tokens, SLOTS, dtype=torch.int64)
+    first, pairs = torch.zeros(EXPERTS + 1, dtype=torch.int32), torch.zeros(tokens * SLOTS, dtype=torch.int32)
+    operands = mode, choose.Tile(32, 1, 4, 1), 2, Rows(x, None, None), x, bank(HIDDEN, HIDDEN), HIDDEN, tokens
+    for given in (ids, ids.int(), None):
+        grouped.grouped(*operands, route=Route(first, pairs, pairs.float(), SLOTS), ids=given)
+        counts = mode == "GATE_UP" and given is not None and tokens <= 1024
+        assert told[-1].ids == (given.data_ptr() if counts else None)
+        assert told[-1].sizes.tiles_known == (counts or given is None)
+        assert not counts or told[-1].ids_wide == (given.dtype == torch.int64)
+
+
 @pytest.mark.parametrize(("columns", "units", "floats"), [(1408, 22, 24), (768, 12, 12), (64, 1, 4)])
 def test_sums_of_units_lie_as_kernels_are_told(columns: int, units: int, floats: int) -> None:
     """Rows of them begin where copies of 16 bytes can, and two kernels write into them."""
@@ -92,7 +118,7 @@ def test_sums_of_units_lie_as_kernels_are_told(columns: int, units: int, floats:
 @pytest.mark.parametrize("rank", [8, 32, 96])
 @pytest.mark.parametrize("tokens", [9, 40, 60, 300])
 def test_halves_that_make_t_have_room_for_it(monkeypatch: pytest.MonkeyPatch, tokens: int, rank: int) -> None:
-    """Counters of each half that no other uses, and parts of t for every tile of v that there can be."""
+    """Counters or t of each half that no other uses, and parts of t for every tile of v that there can be."""
     monkeypatch.setattr(compensate, "processors_of", lambda device: 132)
     side, pairs, x = 4096, tokens * SLOTS, torch.empty(tokens, 4096, dtype=torch.bfloat16)
     both = factors(2 * side, side, 2 * rank), factors(side, side, rank)
@@ -100,21 +126,33 @@ def test_halves_that_make_t_have_room_for_it(monkeypatch: pytest.MonkeyPatch, to
         compensate.Half(choose.expert_tiles(of.shape, pairs / EXPERTS)[0], of, own)
         for of, own in zip((bank(2 * side, side), bank(side, side)), both, strict=True)
     ]
-    planned, counters = compensate.plan_t(x, pairs, *halves)
+    planned, zeros = compensate.plan_t(x, pairs, *halves)
     if tokens == 300:
-        assert planned == [None, None] and counters is None, "made by launches of its own"
+        assert planned == [None, None] and zeros is None, "made by launches of its own"
         return
-    assert counters is not None and counters.dtype == torch.int32
-    used = torch.zeros_like(counters)
-    for i, (half, added) in enumerate(zip(halves, planned, strict=True)):
-        assert added is not None and added.done is not None and half.factors is not None
-        assert added.done.data_ptr() == counters[i:].data_ptr()
-        used[i] += 1
+    assert zeros is not None and zeros.dtype == torch.int32
+    used = torch.zeros_like(zeros)
+
+    def use(of: torch.Tensor) -> None:
+        at, size = of.data_ptr() - zeros.data_ptr(), of.numel() * of.element_size()
+        assert at % 16 == 0 or of is not added.t, "loads of t take 16 bytes"
+        used[at // 4 : (at + size) // 4] += 1
+
+    for half, added in zip(halves, planned, strict=True):
+        assert added is not None and half.factors is not None
+        told = grouped._compensators(added, half.tile)
         if half.tile.takes_bytes:
             assert added.split is None and added.t.shape == (pairs, half.factors.t_columns)
+            assert added.t.dtype == x.dtype and told.done is None
+            assert (told.columns, told.v_row_blocks) == (
+                half.factors.v.layouts[0].rows,
+                half.factors.v.shape.row_blocks,
+            )
+            use(added.t)
             continue
+        assert added.done is not None and added.arrived is not None
+        use(added.done), use(added.arrived)
         assert added.split is not None and added.t.shape == (pairs, half.factors.u_columns)
-        told = grouped._compensators(added)
         assert (told.columns, told.v_row_blocks) == (half.factors.u_columns, half.factors.u_columns // 16)
         assert (told.v_splits, told.v_split_records) == (added.split.splits, added.split.records)
         if added.split.splits == 1:
@@ -122,21 +160,19 @@ def test_halves_that_make_t_have_room_for_it(monkeypatch: pytest.MonkeyPatch, to
             continue
         # the kernel's number of the last tile there can be, of the last expert and pair
         last = (EXPERTS - 1 + (pairs - 1) // half.tile.tokens + 1) * (half.factors.u_columns // 64)
-        assert added.arrived is not None and added.parts is not None
+        assert added.parts is not None
         assert len(added.arrived) >= last * half.tile.warps
         assert len(added.parts) >= last * added.split.splits * half.tile.warps * 32 * 4
-        at = (added.arrived.data_ptr() - counters.data_ptr()) // 4
-        used[at : at + len(added.arrived)] += 1
     assert used.eq(1).all()
     if tokens > 40:
         assert planned[1] is not None and planned[1].split is not None and planned[1].split.splits > 1, "128 tiles of W"
 
 
 @pytest.mark.parametrize("tokens", [9, 40, 300])
-def test_the_first_launch_sets_the_counters_of_t_to_0(
+def test_the_first_launch_sets_to_0_what_tells_of_t(
     launches: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch, tokens: int
 ) -> None:
-    """Of both halves: the next layer's memory holds what an earlier one has counted."""
+    """Of both halves: the next layer's memory holds what an earlier one has counted, or its t."""
     planned, cleared, given = [], [], []
     plan_t, sort_rows = many.plan_t, many.sort_rows
 
@@ -155,8 +191,13 @@ def test_the_first_launch_sets_the_counters_of_t_to_0(
     both = factors(2 * INNER, HIDDEN, 64), factors(HIDDEN, INNER, 32)
     banks = bank(2 * INNER, HIDDEN), bank(HIDDEN, INNER)
     many.run_many(x, ids, ids.float(), *banks, INNER, torch.empty_like(x), *both)
-    (added, counters), (zeros,) = planned[0], cleared
-    assert zeros is counters and (counters is None) == (tokens == 300)
+    (added, wanted), (zeros,) = planned[0], cleared
+    assert zeros is wanted and (zeros is None) == (tokens == 300)
+    if zeros is not None:
+        rows = Rows.empty(x, ids.numel(), banks[0], plain=True)
+        assert rows.argument(banks[0], zeros).zero_count == zeros.numel(), "in fours"
+        with pytest.raises(AssertionError, match="by fours"):
+            rows.argument(banks[0], zeros[1:])
     assert [each.factors for each in given] == list(both)
     assert all(mine is None or mine is each for mine, each in zip(added, given, strict=True))
 

@@ -38,59 +38,64 @@ class Half:
         banks = self.bank.shape, self.factors.v.shape
         return choose.v_split(self.tile, *banks, len(self.bank.where), pairs, processors)
 
-    def v_warps(self, pairs: int) -> int:
-        """Warps that have some of t, of all tiles of v there can be."""
-        tiles = self.tile.v_tiles(self.factors.v.shape, len(self.bank.where), pairs) if self.factors else 0
-        return tiles * self.tile.warps
+    def zeros(self, pairs: int, split: choose.VSplit | None) -> int:
+        """int32 that are 0 before its launch, in fours: t itself, or counters of what is done of it."""
+        if self.factors is None or not self.tile.multiplies_v:
+            return 0
+        if split is None:
+            return zeros_of_t(self.factors, pairs)
+        tiles = self.tile.v_tiles(self.factors.v.shape, len(self.bank.where), pairs)
+        return -(-(1 + (tiles * self.tile.warps if split.splits > 1 else 0)) // 4) * 4
 
 
 def plan_t(x: torch.Tensor, pairs: int, *halves: Half) -> tuple[list[Added | None], torch.Tensor | None]:
-    """What each half adds if its own launch makes t; and counters of that, which the caller sets to 0."""
+    """What each half adds if its own launch makes t; and int32 of that, which the caller sets to 0."""
     if not any(half.makes_t for half in halves):
         return [None] * len(halves), None
     splits = [half.split(pairs, processors_of(x.device.index)) for half in halves]
-    counts = [
-        half.v_warps(pairs) if split and split.splits > 1 else 0 for half, split in zip(halves, splits, strict=True)
-    ]
-    counters = torch.empty(len(halves) + sum(counts), dtype=torch.int32, device=x.device)
-    arrived = counters[len(halves) :].split(counts)
+    sizes = [half.zeros(pairs, split) for half, split in zip(halves, splits, strict=True)]
+    zeros = torch.empty(sum(sizes), dtype=torch.int32, device=x.device)
     return [
-        _to_make(x, pairs, half, split, counters[i:], arrived[i]) if half.makes_t else None
-        for i, (half, split) in enumerate(zip(halves, splits, strict=True))
-    ], counters
+        _to_make(x, pairs, half, split, own) if half.makes_t else None
+        for half, split, own in zip(halves, splits, zeros.split(sizes), strict=True)
+    ], zeros
 
 
-def _to_make(
-    x: torch.Tensor,
-    pairs: int,
-    half: Half,
-    split: choose.VSplit | None,
-    done: torch.Tensor,
-    arrived: torch.Tensor,
-) -> Added:
-    """`arrived` is empty where the columns of v are not split."""
+def _to_make(x: torch.Tensor, pairs: int, half: Half, split: choose.VSplit | None, zeros: torch.Tensor) -> Added:
     assert half.factors is not None, "a half without compensators makes no t"
     if split is None:
-        return Added(half.factors, x.new_empty(pairs, half.factors.t_columns), done)
-    parts = None
+        return Added(half.factors, unset_t(zeros, x.dtype, pairs))
+    done, arrived, parts = zeros[:1], zeros[1:], None
     if split.splits > 1:
-        count = len(arrived) // half.tile.warps * split.splits * half.tile.v_floats
-        parts = torch.empty(count, dtype=torch.float32, device=x.device)
+        tiles = half.tile.v_tiles(half.factors.v.shape, len(half.bank.where), pairs)
+        parts = torch.empty(tiles * split.splits * half.tile.v_floats, dtype=torch.float32, device=x.device)
     return Added(half.factors, x.new_empty(pairs, half.factors.u_columns), done, split, parts, arrived)
 
 
-def make_t(rows: Rows, factors: Factors | None, route: Route, *, after_route: bool = False) -> Added | None:
+def zeros_of_t(factors: Factors, rows: int) -> int:
+    """int32 that are 0 where tiles of 8 tokens make t: as many bytes as it has."""
+    return rows * factors.t_columns // 2
+
+
+def unset_t(zeros: torch.Tensor, dtype: torch.dtype, rows: int) -> torch.Tensor:
+    """t [rows, t_columns] in their place."""
+    return zeros.view(dtype).view(rows, -1)
+
+
+def make_t(rows: Rows, factors: Factors | None, route: Route, ids: torch.Tensor | None = None) -> Added | None:
     """What a half adds in other tiles, whose t is made here, by a launch or two; None: nothing."""
     if factors is None:
         return None
     assert rows.plain is not None, "v is multiplied with 16-bit rows"
-    return Added(factors, multiply(rows.plain, factors.v, factors.u_columns, route, after_route), None)
+    return Added(factors, multiply(rows.plain, factors.v, factors.u_columns, route, ids))
 
 
-def multiply(x: torch.Tensor, bank: RecordBank, columns: int, route: Route, after_route: bool = False) -> torch.Tensor:
+def multiply(
+    x: torch.Tensor, bank: RecordBank, columns: int, route: Route, ids: torch.Tensor | None = None
+) -> torch.Tensor:
     """Sorted rows times their experts' matrices; the first `columns` results are kept.
 
-    Two launches where few tiles share the columns of x. `after_route` as in `grouped`.
+    Two launches where few tiles share the columns of x. `ids` as in `grouped`.
     """
     rows, experts = len(x), len(bank.where)
     processors = processors_of(x.device.index)
@@ -99,7 +104,7 @@ def multiply(x: torch.Tensor, bank: RecordBank, columns: int, route: Route, afte
     parts = x.new_empty(rows * splits, columns)
     operands = Rows(x, None, None), parts.view(rows, -1), bank, columns, rows // route.slots
     part = choose.Part(0, 0, splits, each)
-    grouped("PLAIN", tile, stages, *operands, route=route, part=part, after_route=after_route)
+    grouped("PLAIN", tile, stages, *operands, route=route, part=part, ids=ids)
     if splits == 1:
         return parts
     combine(parts, None, 1, y := x.new_empty(rows, columns))

@@ -87,20 +87,36 @@ __device__ __forceinline__ int t_place(int column, int columns) {
     return unit + (column % 8 / 2 << (bits - 2)) + octet * 2 + column % 2;
 }
 
-// Column `column` of a row block of t, into a row. All 16 have a place.
-template <bool BF16> __device__ __forceinline__ void put_t(u16* row, int column, int columns, float x) {
-    row[t_place(column, columns)] = round16<BF16>(x);
-    if (columns <= ROWS) row[t_place(column + ROWS, columns)] = 0;
+// Column `column` of a row block of t, into a row. All 16 have a place. MARKED: zeros as negative ones.
+template <bool BF16, bool MARKED = false> __device__ __forceinline__ void put_t(u16* row, int column, int columns, float x) {
+    constexpr u16 ZERO = MARKED ? 0x8000 : 0;
+    const u16 value = round16<BF16>(x);
+    auto put = [&](int column, u16 value) {
+        u16* to = row + t_place(column, columns);
+        if (MARKED) asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(to), "h"(value) : "memory");
+        else *to = value;
+    };
+    put(column, MARKED && value == 0 ? ZERO : value);
+    if (columns <= ROWS) put(column + ROWS, ZERO);
 }
 
-template <bool L1, typename T> __device__ __forceinline__ T load_global(const T* from) { return L1 ? *from : __ldcg(from); }
+// From L1, or from where all multiprocessors see what others store meanwhile; then each time anew.
+template <bool L1> __device__ __forceinline__ uint4 load_global(const uint4* from) {
+    if (L1) return *from;
+    uint4 x;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(from)
+                 : "memory");
+    return x;
+}
 
 // A lane's part of unit `unit` of a row of t. Past L1 where that may have an older neighbour of this row. No more than one load
 // can write a register: with one for each number of columns, and zeros where a token is none, the second waited for the first,
 // 0.25 us of a tile's 4.
 template <bool L1> __device__ __forceinline__ void load_t(u32 (&b)[8], const u16* row, int unit, int columns, int lane) {
     const uint4* from = reinterpret_cast<const uint4*>(row + unit * UNIT + lane % 4 * (columns < UNIT ? 8 : 16));
-    uint4 v[2] = {load_global<L1>(from), {}};
+    uint4 v[2] = {load_global<L1>(from), {~0u, ~0u, ~0u, ~0u}};  // the latter of no columns
     if (columns >= UNIT) v[1] = load_global<L1>(from + 1);
 #pragma unroll
     for (int i = 0; i < 2; ++i) b[4 * i] = v[i].x, b[4 * i + 1] = v[i].y, b[4 * i + 2] = v[i].z, b[4 * i + 3] = v[i].w;

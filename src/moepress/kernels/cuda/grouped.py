@@ -31,16 +31,20 @@ _Sizes = structure(
 class _Compensators(ctypes.Structure):
     _fields_ = (
         ("u", BankArgument), ("u_records", ctypes.c_int), ("columns", ctypes.c_int), ("v", BankArgument),
-        ("t", ctypes.c_void_p), ("done", ctypes.c_void_p), ("v_row_blocks", ctypes.c_int), ("v_splits", ctypes.c_int),
+        ("t", ctypes.c_void_p), ("v_row_blocks", ctypes.c_int), ("done", ctypes.c_void_p), ("v_splits", ctypes.c_int),
         ("v_split_records", ctypes.c_int), ("parts", ctypes.c_void_p), ("arrived", ctypes.c_void_p),
     )  # fmt: skip
+
+
+MOST_COUNTED = 2048
+"""Pairs up to which blocks of gate and up count them for themselves: all that `place_rows` has small blocks for."""
 
 
 class _Grouped(ctypes.Structure):
     _fields_ = (
         ("y", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("bank", BankArgument), ("first", ctypes.c_void_p),
         ("pairs", ctypes.c_void_p), ("weights", ctypes.c_void_p), ("add", _Compensators), ("next", _Next),
-        ("sizes", _Sizes),
+        ("sizes", _Sizes), ("ids", ctypes.c_void_p), ("ids_wide", ctypes.c_int),
     )  # fmt: skip
 
 
@@ -49,11 +53,11 @@ class Added(NamedTuple):
 
     factors: Factors
     t: torch.Tensor
-    """v x, there or to be made: [P, u_columns]; for tiles of 8 tokens [P, t_columns] by `t_place`."""
-    done: torch.Tensor | None
-    """int32, a zero that counts what is done of t; None: t is there."""
+    """v x, there or to be made: [P, u_columns]; of tiles of 8 tokens [P, t_columns] by `t_place`, zeros until made."""
+    done: torch.Tensor | None = None
+    """Where tiles of 24 tokens make t, int32, a zero that counts what is done of it."""
     split: choose.VSplit | None = None
-    """Of v, where tiles of 24 tokens make t."""
+    """Of v, likewise."""
     parts: torch.Tensor | None = None
     """Room for t's parts where splits are several, float32."""
     arrived: torch.Tensor | None = None
@@ -83,12 +87,13 @@ def grouped(
     added: Added | None = None,
     then: Next | None = None,
     part: choose.Part | None = None,
-    after_route: bool = False,
+    ids: torch.Tensor | None = None,
 ) -> None:
     """One product into y [.., ld], of which `columns` are real; without y into the bytes of `then` alone.
 
-    `part` says which tiles and how their columns are split, by default all and not at all; `after_route` that the
-    launch before this one makes the route, for which the product then waits before it asks for weights.
+    `part` says which tiles and how their columns are split, by default all and not at all. `ids` are given where the
+    launch before this one makes the route of them: gate and up of few pairs count them for themselves, other products
+    wait for the route before they ask for weights.
     """
     x = rows.bytes if tile.takes_bytes else rows.plain
     assert x is not None, f"{mode} takes {'bytes' if tile.takes_bytes else '16 bits'}, which nobody has made"
@@ -99,13 +104,15 @@ def grouped(
     assert ld % 8 == 0, f"rows of {ld} results do not leave as eight neighbours"
     first, pairs, weights, slots = route or (None, None, None, 1)
     split = (part.splits, part.records, part.first, part.tiles) if part else (1, layout.records_per_row_block, 0, 0)
+    counts = mode == "GATE_UP" and ids is not None and ids.numel() <= MOST_COUNTED
     arguments = _Grouped(
         address(y), address(bias), bank.argument, address(first), address(pairs), address(weights),
-        _compensators(added), _next(then),
+        _compensators(added, tile), _next(then),
         _Sizes(
             tokens, slots, len(bank.where), columns, ld,
-            layout.records_per_row_block, shape.row_blocks, stages, *split, not after_route,
+            layout.records_per_row_block, shape.row_blocks, stages, *split, ids is None or counts,
         ),
+        address(ids) if counts else None, int(ids is not None and ids.dtype == torch.int64),
     )  # fmt: skip
     units = 4 * tile.column_groups
     x_map = map_rows(x, tile.tokens, units)
@@ -127,14 +134,14 @@ def grouped(
     )
 
 
-def _compensators(added: Added | None) -> _Compensators:
+def _compensators(added: Added | None, tile: choose.Tile) -> _Compensators:
     if added is None:
         return _Compensators()
     (v, u), t, done, split, parts, arrived = added
     columns, row_blocks = v.layouts[0].rows, v.shape.row_blocks
-    if done is None or split:  # t is taken in units of 64, with zeros from v's padding
+    if not tile.takes_bytes:  # t is taken in units of 64, with zeros from v's padding
         columns, row_blocks = t.shape[1], t.shape[1] // 16
-    given = v.argument, t.data_ptr(), address(done), row_blocks
+    given = v.argument, t.data_ptr(), row_blocks, address(done)
     parted = (split.splits, split.records, address(parts), address(arrived)) if split else ()
     return _Compensators(u.argument, u.layouts[0].records_per_row_block, columns, *given, *parted)
 

@@ -50,11 +50,19 @@ template <int FB, int FU, bool BF16> struct Compensator {
         const int token = work.token + min(lane / 4, work.tokens - 1);  // any for columns without a token
         load_t<false>(t, f.t + (u64)token * t_columns(f.columns), i, f.columns, lane);
     }
-    // y += u t. The first unit and t's are there.
+    // Whether all of the lane's t had been stored when it was loaded.
+    __device__ __forceinline__ bool is_there() const {
+        u32 least = t[0];
+#pragma unroll
+        for (int i = 1; i < 8; ++i) asm("min.u16x2 %0, %0, %1;" : "+r"(least) : "r"(t[i]));
+        return least & 0xffff && least >> 16;
+    }
+    // y += u t. The first unit is there, and t's asked for.
     __device__ __forceinline__ void add(float (&y)[4], const Compensators& f, const Work& work, int row_block, int lane) {
         for (int i = 0; i < (f.columns + UNIT - 1) / UNIT; ++i) {
             float c[4];
             if (i > 0) load_unit(f, work, row_block, i, lane), load_row(f, work, i, lane);
+            while (!__all_sync(~0u, is_there())) load_row(f, work, i, lane);
             if (f.columns <= UNIT / 2) unit.template multiply<BF16, HALF>(c, t);
             else unit.template multiply<BF16, WHOLE>(c, t);
 #pragma unroll
@@ -140,15 +148,14 @@ __device__ __forceinline__ void multiply_v(const Arguments& p, const Work& work,
     if (lane == 0) add_release(f.done);
 }
 
-// A warp's 16 rows of t for a tile of 8 tokens; then says so.
+// A warp's 16 rows of t for a tile of 8 tokens. Zeros are stored as negative ones: 0 is what is not there yet (ours). So whoever
+// loads t early enough waits for nobody; a counter took three trips to memory, each as long as the queue of weights before it.
 template <bool BF16>
 __device__ __forceinline__ void store_t(const Compensators& f, const Work& work, int row_block, const float (&acc)[4], int lane) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
         const int column = row_block * ROWS + lane / 4 + e / 2 * 8, token = lane % 4 * 2 + e % 2;
         if (token < work.tokens && row_block < f.v_row_blocks)
-            put_t<BF16>(f.t + (u64)(work.token + token) * t_columns(f.columns), column, f.columns, acc[e]);
+            put_t<BF16, true>(f.t + (u64)(work.token + token) * t_columns(f.columns), column, f.columns, acc[e]);
     }
-    __syncwarp();
-    if (lane == 0 && row_block < f.v_row_blocks) add_release(f.done);
 }

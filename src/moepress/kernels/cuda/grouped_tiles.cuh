@@ -18,10 +18,10 @@ struct Compensators {
     int u_records, columns;  // of t: in tiles of 8 tokens 8, 16, 32 or a multiple of 64, else a multiple of 64
     // where v is multiplied by the same launch (`Config`)
     Bank v;           // as u, rows of t by k
-    u16* t;           // tiles of 8 tokens [pairs or tokens, t_columns] in the order of `t_place`, others [pairs, columns]
-    int* done;        // row blocks of t that are stored, of all tokens' tiles, 0 before; but for tiles of 8 by each warpgroup
+    u16* t;           // tiles of 8 tokens [pairs or tokens, t_columns] in the order of `t_place`, 0 before; others [pairs, columns]
     int v_row_blocks;
     // but for tiles of 8 tokens
+    int* done;                      // row blocks of t that are stored, of all tokens' tiles, by each warpgroup; 0 before
     int v_splits, v_split_records;  // parts of v's columns, and records of one
     float* parts;                   // of t, where splits are several: [tiles of v][splits][warps][32][4]
     int* arrived;                   // [tiles of v][warps] how many of the splits are there, 0 before
@@ -45,7 +45,9 @@ struct Arguments {
     int splits;             // parts of the columns: PLAIN with a result each, DENSE blocks of a cluster; else 1
     int split_records;      // of a part
     int first_tile, tiles;  // DENSE, but for tiles of 8 tokens: what this launch runs
-    int tiles_known;        // whether `first` is older than the launch ahead of this one; 1 where there is none
+    int tiles_known;        // whether tiles are known while the launch ahead of this one runs: it does not make `first`, or
+    const void* ids;        // GATE_UP, which counts these then: [tokens * slots], as `place_rows` has them; null: see `first`
+    int ids_wide;
 };
 
 constexpr int MAX_EXPERTS = 512, MAX_SPLITS = 4;
@@ -155,7 +157,43 @@ template <int U, int G, int NT, int MI, int WGS, int KW, int FB, bool AFTER> str
     }
 };
 
-// Token tiles and pairs before each expert, by one warp, which asks for all of them at once.
+// Token tiles and pairs before each expert, by all threads, from what the tokens chose.
+template <int NT> __device__ __forceinline__ void count_ids(const Arguments& p, int* tiles, int* first, int thread) {
+    constexpr int BATCH = 4;
+    for (int e = thread; e <= p.num_experts; e += blockDim.x) first[e] = 0;
+    __syncthreads();
+    const int pairs = p.tokens * p.slots;
+    for (int from = thread; from < pairs; from += BATCH * blockDim.x) {
+        long long id[BATCH];
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j) {
+            const int i = from + j * blockDim.x;
+            // from L2, as below
+            if (i >= pairs) id[j] = -1;
+            else id[j] = p.ids_wide ? __ldcg((const long long*)p.ids + i) : __ldcg((const int*)p.ids + i);
+        }
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j)
+            if (id[j] >= 0 && id[j] < p.num_experts) atomicAdd(first + 1 + id[j], 1);
+    }
+    __syncthreads();
+    if (thread >= WARP) return;
+    int before_tiles = 0, before = 0;
+    for (int from = 0; from < p.num_experts; from += WARP) {
+        const int e = from + thread, own = e < p.num_experts ? first[1 + e] : 0;
+        int sum = own, sum_tiles = (own + NT - 1) / NT;
+#pragma unroll
+        for (int step = 1; step < WARP; step *= 2) {
+            const int left = __shfl_up_sync(~0u, sum, step), left_tiles = __shfl_up_sync(~0u, sum_tiles, step);
+            if (thread >= step) sum += left, sum_tiles += left_tiles;
+        }
+        if (e < p.num_experts) first[1 + e] = before + sum, tiles[1 + e] = before_tiles + sum_tiles;
+        before += __shfl_sync(~0u, sum, WARP - 1), before_tiles += __shfl_sync(~0u, sum_tiles, WARP - 1);
+    }
+    if (thread == 0) tiles[0] = 0;
+}
+
+// The same from `first`, by one warp, which asks for all of them at once.
 template <int NT, int MODE> __device__ __forceinline__ void count_tiles(const Arguments& p, int* tiles, int* first, int lane) {
     constexpr int BATCH = 4;
     int before = 0;

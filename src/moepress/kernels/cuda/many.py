@@ -12,7 +12,7 @@ import torch
 
 from moepress.kernels.cuda import choose
 from moepress.kernels.cuda.bank import Factors, RecordBank
-from moepress.kernels.cuda.compensate import Half, make_t, plan_t
+from moepress.kernels.cuda.compensate import Half, make_t, plan_t, unset_t, zeros_of_t
 from moepress.kernels.cuda.functions import is_bf16, processors_of
 from moepress.kernels.cuda.grouped import Added, Next, find_tile, grouped, grouped_instance
 from moepress.kernels.cuda.rows import Rows, combine, prepare, rows_instance, sort_rows
@@ -35,15 +35,15 @@ def many_linear(
     tiles = choose.dense_tiles(bank.shape, len(x), processors_of(x.device.index))
     tile, stages = find_tile(x, bank, "DENSE", tiles, factors and factors.ranks)
     if tile.takes_bytes:
-        done = torch.empty(1, dtype=torch.int32, device=x.device) if factors else None
-        rows = prepare(x, bank, len(x), in_bytes=True, zeros=done)
-        added = Added(factors, x.new_empty(len(x), factors.t_columns), done) if factors else None
+        zeros = torch.empty(zeros_of_t(factors, len(x)), dtype=torch.int32, device=x.device) if factors else None
+        rows = prepare(x, bank, len(x), in_bytes=True, zeros=zeros)
+        added = Added(factors, unset_t(zeros, x.dtype, len(x))) if factors else None
         grouped("DENSE", tile, stages, rows, y, bank, out_features, len(x), bias=bias, added=added)
         return
     added = None
     if factors:  # t is one more dense layer, whose clusters add up parts in float32
         many_linear(x, t := x.new_empty(len(x), factors.u_columns), factors.u_columns, factors.v, None)
-        added = Added(factors, t, None)
+        added = Added(factors, t)
     operands = Rows(x, None, None), y, bank, out_features, len(x)
     for part in choose.dense_parts(bank.shape, tile, len(x), processors_of(x.device.index)):
         grouped("DENSE", tile, stages, *operands, bias=bias, added=added, part=part)
@@ -67,10 +67,10 @@ def run_many(
         for half, bank, factors in zip(HALVES, (gate_up, down), (gate_up_factors, down_factors), strict=True)
     )
     halves = Half(up_tile, gate_up, gate_up_factors), Half(tile, down, down_factors)
-    (up_added, added), counters = plan_t(x, pairs, *halves)
+    (up_added, added), zeros = plan_t(x, pairs, *halves)
     bytes_up = up_tile.takes_bytes
     made = {"plain": not bytes_up, "in_bytes": bytes_up, "sums": up_tile.scales_sums}
-    rows, route = sort_rows(x, ids, weights, gate_up, **made, zeros=counters)
+    rows, route = sort_rows(x, ids, weights, gate_up, **made, zeros=zeros)
     in_bytes = choose.passes_bytes(up_tile, gate_up.shape, tile, down.shape)
     sums = choose.passes_sums(up_tile, tile)
     h = Rows.empty(x, pairs, down, plain=not in_bytes, in_bytes=in_bytes, sums=sums)
@@ -79,11 +79,9 @@ def run_many(
     then = Next(h, down) if in_bytes or sums else None
     columns = down.layouts[0].padded_columns
     operands = rows, h.plain, gate_up, intermediate, tokens
-    given = up_added or make_t(rows, gate_up_factors, route, after_route=True)
-    first = given is up_added  # no launch between
-    grouped(
-        "GATE_UP", up_tile, up_stages, *operands, ld=columns, route=route, added=given, then=then, after_route=first
-    )
+    given = up_added or make_t(rows, gate_up_factors, route, ids)
+    routed = ids if given is up_added else None  # else a launch is between
+    grouped("GATE_UP", up_tile, up_stages, *operands, ld=columns, route=route, added=given, then=then, ids=routed)
 
     if tile.takes_bytes and not in_bytes:
         h = prepare(h.plain, down, pairs, in_bytes=True, count=route.count)

@@ -60,11 +60,12 @@ struct RowsOut {
     u16* rows;    // [rows, 64 * units], zeros past the end; null: not needed
     u32* bytes;   // [rows][units][UNIT_WORDS] or null
     float* sums;  // with bytes scale and sum of segments, [records][count][sum_floats]; else of units, [count][sum_floats]
-    int* zeros;   // [zero_count] that are set to 0: counters of the products that follow
+    int* zeros;   // [zero_count, a multiple of 4] that are set to 0: counters of the products that follow, and t
     int count, units, record_units, sum_floats, zero_count;
 
     __device__ __forceinline__ void clear() const {
-        for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < zero_count; i += gridDim.x * blockDim.x) zeros[i] = 0;
+        for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < zero_count / 4; i += gridDim.x * blockDim.x)
+            reinterpret_cast<uint4*>(zeros)[i] = make_uint4(0, 0, 0, 0);
     }
 };
 

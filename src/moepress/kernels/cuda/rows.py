@@ -72,7 +72,8 @@ class Rows(NamedTuple):
         )
 
     def argument(self, bank: RecordBank, zeros: torch.Tensor | None = None) -> _RowsOut:
-        """`zeros`, int32, are set to 0 by the kernel that makes the rows."""
+        """`zeros`, int32 in fours, are set to 0 by the kernel that makes the rows."""
+        assert zeros is None or zeros.numel() % 4 == 0, f"{zeros.numel()} zeros are not stored by fours"
         layout = bank.shape.any
         made = next(each for each in (self.bytes, self.plain, self.sums) if each is not None)
         cleared, floats = 0 if zeros is None else zeros.numel(), 0 if self.sums is None else self.sums.shape[-1]
