@@ -179,11 +179,11 @@ def test_rows_of_t_have_room_for_what_lanes_load(launches: list[tuple[Any, Any]]
     run_experts(1, (None, made))
     assert launches[1][1].columns == rank
     half = compensate.Half(choose.Tile(8, 1, 2, 1), bank(HIDDEN, INNER), made)
-    added = compensate._to_make(x, 16, half, None, torch.zeros(1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32))
-    assert added.t.shape == (16, columns) and grouped._compensators(added).columns == rank
+    added = compensate._to_make(x, 16, half, None, torch.zeros(half.zeros(16, None), dtype=torch.int32))
+    assert added.t.shape == (16, columns) and grouped._compensators(added, half.tile).columns == rank
 
 
 def test_rows_of_t_of_wide_tiles_are_those_of_u() -> None:
     made = factors(HIDDEN, INNER, 8)
     added = grouped.Added(made, torch.empty(16, 64, dtype=torch.bfloat16), None)
-    assert grouped._compensators(added).columns == 64
+    assert grouped._compensators(added, choose.Tile(80, 2, 2, 1)).columns == 64

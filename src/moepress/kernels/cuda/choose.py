@@ -165,20 +165,32 @@ class Room:
     """x and its sums."""
     stage: int
     """One record of each warp's ring, and its barrier."""
+    most: int
+    """Stages at most."""
 
     def total(self, stages: int) -> int:
         return self.inputs + stages * self.stage
 
     def stages(self, available: int) -> int:
-        """Records that each warp has under way, 2 to 4; 0 where x and two of them do not fit."""
-        return next((n for n in (4, 3, 2) if self.total(n) + RESERVED <= available), 0)
+        """Records that each warp has under way, 2 to `most`; 0 where x and two of them do not fit."""
+        return next((n for n in range(self.most, 1, -1) if self.total(n) + RESERVED <= available), 0)
 
 
-def gemv_room(mode: Mode, bank: Bank, ranks: Ranks | None, tokens: int, slots: int, team: Team) -> Room:
+def gemv_room(
+    mode: Mode, bank: Bank, ranks: Ranks | None, tokens: int, slots: int, team: Team, processors: int
+) -> Room:
+    """Rings of two records, or up to four where a matrix has so many for each warp.
+
+    What a multiprocessor has asked for is a queue, and whatever is asked for later comes after it. Of experts, whose
+    launches follow each other, two records are enough to be at the speed of memory and keep it short (Mixtral-8x7B's
+    T=1 with 2 bits 41 us with four, 35.4 with two, on an H200); a single matrix of 8192x8192 takes 2 % longer so.
+    """
     rows = tokens * slots if mode == "DOWN" else tokens
     words = bank.units * 32 + gemv_row_sums(bank, tokens)
     record = max(bank.record_bytes, ranks.v_record_bytes if ranks else 0)
-    return Room(_up(4 * rows * words, 16), team.warps * team.groups * (record + 8))
+    each = -(-bank.row_blocks * bank.any.records_per_row_block // (WARPS * processors))
+    most = min(4, max(2, each)) if mode == "DENSE" else 2
+    return Room(_up(4 * rows * words, 16), team.warps * team.groups * (record + 8), most)
 
 
 def gemv_candidates(
@@ -190,7 +202,7 @@ def gemv_candidates(
     """
     found = []
     for team in gemv_teams(mode, bank, tokens, slots, processors, ranked=ranks is not None):
-        room = gemv_room(mode, bank, ranks, tokens, slots, team)
+        room = gemv_room(mode, bank, ranks, tokens, slots, team, processors)
         if room.stages(shared):
             found.append(team)
         if room.stages(shared - GEMV_STATIC):

@@ -129,10 +129,10 @@ def _plan(
     device: int,
 ) -> _Plan | None:
     """The first team of warps whose rings of two records or more fit beside its inputs; None: no team's do."""
-    shared = shared_bytes_of(device)
-    for team in choose.gemv_candidates(mode, bank, ranks, tokens, slots, processors_of(device), shared):
+    shared, processors = shared_bytes_of(device), processors_of(device)
+    for team in choose.gemv_candidates(mode, bank, ranks, tokens, slots, processors, shared):
         function, static = find_kernel("gemv.cu", gemv_instance(mode, bank, ranks, dtype, tokens, team), device)
-        room = choose.gemv_room(mode, bank, ranks, tokens, slots, team)
+        room = choose.gemv_room(mode, bank, ranks, tokens, slots, team, processors)
         if stages := room.stages(shared - static):
             return _Plan(function, team, stages, room.total(stages))
     return None

@@ -118,20 +118,17 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         ring.fetch(locate(active.v[v_slot], v_row_block, v_record, f.v_records, V_SIZE), V_SIZE, policy, lane);
         v_record += WARPS;
     };
-    auto fetch_first = [&] {
-        if (item >= items) {
+    auto fetch_some = [&](int from, int to) {  // of a ring that is empty but for the first
 #pragma unroll 1
-            for (int i = 0; i < p.stages - 1; ++i) fetch_next();
-            return;
-        }
-        v_slot = active.compensated[item / f.v_row_blocks], v_row_block = item % f.v_row_blocks, v_record = warp;
-#pragma unroll 1
-        for (int i = 0; i < p.stages - 1; ++i) fetch_v();
+        for (int i = from; i < to; ++i)
+            if (FACTORS && item < items) fetch_v();
+            else fetch_next();
     };
-    if constexpr (FACTORS) fetch_first();
-    else
-#pragma unroll 1
-        for (int i = 0; i < p.stages - 1; ++i) fetch_next();
+    auto find_v = [&] {
+        if (item < items) v_slot = active.compensated[item / f.v_row_blocks], v_row_block = item % f.v_row_blocks, v_record = warp;
+    };
+    if constexpr (FACTORS) find_v();
+    fetch_some(0, 1);  // x would come after whatever is asked for before it
 
     if (MODE != GATE_UP) await_producers();
     // halves of a layer reset each other's: for the last block of each to do it took a trip to memory at its end
@@ -143,6 +140,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     };
     if (MODE == DOWN && NT > 1 && p.passed.bytes) copy_rows(s, p.passed);
     else stage_rows<G, BF16, NT, EARLY>(s, row_of, early, p.k);
+    fetch_some(1, p.stages - 1);
     __syncthreads();
 
     // the staged row of the input of an expert's column; any for columns without a token
@@ -179,7 +177,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
                 ring.release();
             }
             item += shares.stride_of_v;
-            fetch_first();
+            find_v(), fetch_some(0, p.stages - 1);
             put_part<NT>(parts[turn % 2] + warp * PARTS * ROWS, y, lane);
             named_barrier(1 + group, WARPS * WARP);
             if (storing() < STORING)
