@@ -234,7 +234,12 @@ def test_known_layers() -> None:
     assert choose._dense_time(choose.Tile(128, 1, 2, 1), few, 256, 132)[1] == 2, "60 clusters; 66 fit"
     four = choose.Bank((RecordLayout(28672, 4096, 4, 64),))
     assert choose.expert_tiles(four, 257.0)[0] == choose.Tile(128, 2, 2, 1), "two stages of 144 do not fit"
-    assert choose.expert_tiles(small, 0.5)[0] == choose.Tile(8, 1, 2, 1, blocks=2)
+    eight, of_v = (
+        choose.expert_tiles(small, 0.5)[0],
+        choose.ranks(*(RecordLayout(*n, 3, 64) for n in ((32, 768), (2048, 32)))),
+    )
+    assert eight == choose.Tile(8, 1, 2, 1, blocks=2)
+    assert [eight.stages(small, AVAILABLE, 9216, of) for of in (None, of_v)] == [5, 4], "u and t come after less"
     assert gate_up.template == "3, 3, 4, 64"
     team = choose.gemv_teams("GATE_UP", gate_up, 1, 2, 132)[0]
     assert team == choose.Team(4, 8)

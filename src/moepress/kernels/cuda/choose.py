@@ -328,10 +328,11 @@ class Tile:
     def stages(self, bank: Bank, shared: int, static: int, ranks: Ranks | None = None) -> int:
         """Stages that fit where a block alone can have `shared` bytes and its kernel declares `static`.
 
-        Below 2 the tile cannot run.
+        Below 2 the tile cannot run. Where tiles of 8 tokens make t (`ranks`), u and t come after what the ring has asked
+        for: with four stages Qwen3-30B-A3B's T=64 takes 98.4 us, with five 99.6 (H200).
         """
-        available = share_of(shared, self.blocks) - static - RESERVED
-        return min(8, available // self.stage_bytes(bank, ranks))
+        available, most = share_of(shared, self.blocks) - static - RESERVED, 4 if ranks and self.takes_bytes else 8
+        return min(most, available // self.stage_bytes(bank, ranks))
 
 
 def passes_sums(up_tile: Tile, tile: Tile) -> bool:
