@@ -44,7 +44,7 @@ _NO_WAITING = (
 )
 _NO_V = ("schedule.v_row_tiles = C::MULTIPLIES_V ? ", "schedule.v_row_tiles = C::MULTIPLIES_V && p.tokens < 0 ? ")
 _NO_UT = ("if (adds) compensator.add(acc[0], p.add, work, u_row_block, lane);", "")
-GROUPED: dict[str, Edits] = {  # who waits for t waits for all of v: without v nobody may wait
+GROUPED: dict[str, Edits] = {  # without v nobody may wait
     "no waiting for t": _NO_WAITING,
     "no u t": (_NO_UT,),
     "no v": (*_NO_WAITING, _NO_V),

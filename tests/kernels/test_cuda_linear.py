@@ -139,6 +139,20 @@ def test_compensators_in_clusters(n: int, tokens: int) -> None:
     assert any(part.splits > 1 for part in choose.dense_parts(bank, tile, tokens, processors)), "these are to be tested"
 
 
+@pytest.mark.parametrize("n", [200, 13000])  # tiles of one and of two warpgroups along the rows
+@pytest.mark.parametrize("spec", [RANKED, ALIKE], ids=lambda spec: spec.tag)
+def test_a_t_of_zeros_is_there(spec: WeightSpec, n: int) -> None:
+    """In memory 0 stands for what nobody has made yet."""
+    made = layer(spec, n).cuda()
+    x = inputs(5, 384, dtype=torch.bfloat16)
+    with torch.no_grad():
+        whole = made(x)
+        x[::2] = 0
+        y = made(x)
+    assert made.is_packed and torch.equal(y[1::2], whole[1::2])
+    assert made.bias is not None and torch.equal(y[::2], made.bias.expand(3, -1))
+
+
 @pytest.mark.parametrize("n", [200, 203])
 @pytest.mark.parametrize("spec", [SPEC, RANKED, ALIKE], ids=lambda spec: spec.tag)
 @pytest.mark.parametrize("lead", [(), (1,), (2, 3), (5, 1, 7), (0,), (130,)])

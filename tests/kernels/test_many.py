@@ -115,7 +115,7 @@ def test_sums_of_units_lie_as_kernels_are_told(columns: int, units: int, floats:
     assert in_bytes.argument(of).sum_floats == of.shape.record_sums
 
 
-@pytest.mark.parametrize("rank", [8, 32, 96])
+@pytest.mark.parametrize("rank", [8, 32, 64])
 @pytest.mark.parametrize("tokens", [9, 40, 60, 300])
 def test_halves_that_make_t_have_room_for_it(monkeypatch: pytest.MonkeyPatch, tokens: int, rank: int) -> None:
     """Counters or t of each half that no other uses, and parts of t for every tile of v that there can be."""
@@ -230,7 +230,7 @@ def test_the_t_of_a_dense_layer_is_added_up_in_float32(
     assert sums[0] is None and sums[1] is not None and sums[1].t is results[0]
 
 
-@pytest.mark.parametrize("rank", [0, 8, 32, 72])
+@pytest.mark.parametrize("rank", [0, 8, 32, 128])
 @pytest.mark.parametrize("shape", [(256, 4096), (8500, 1024), (4096, 14336)])
 def test_what_a_dense_layer_launches_is_compiled_beforehand(
     launches: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], rank: int

@@ -74,6 +74,7 @@ def _to_make(x: torch.Tensor, pairs: int, half: Half, split: choose.VSplit | Non
 
 def zeros_of_t(factors: Factors, rows: int) -> int:
     """int32 that are 0 where tiles of 8 tokens make t: as many bytes as it has."""
+    assert (rank := factors.v.layouts[0].rows) in (8, 16, 32) or rank % 64 == 0, f"rows of t would end within {rank}"
     return rows * factors.t_columns // 2
 
 

@@ -116,7 +116,7 @@ template <bool L1> __device__ __forceinline__ uint4 load_global(const uint4* fro
 // 0.25 us of a tile's 4.
 template <bool L1> __device__ __forceinline__ void load_t(u32 (&b)[8], const u16* row, int unit, int columns, int lane) {
     const uint4* from = reinterpret_cast<const uint4*>(row + unit * UNIT + lane % 4 * (columns < UNIT ? 8 : 16));
-    uint4 v[2] = {load_global<L1>(from), {~0u, ~0u, ~0u, ~0u}};  // the latter of no columns
+    uint4 v[2] = {load_global<L1>(from), {~0u, ~0u, ~0u, ~0u}};  // not 0, which would not be there yet; only HALF may follow
     if (columns >= UNIT) v[1] = load_global<L1>(from + 1);
 #pragma unroll
     for (int i = 0; i < 2; ++i) b[4 * i] = v[i].x, b[4 * i + 1] = v[i].y, b[4 * i + 2] = v[i].z, b[4 * i + 3] = v[i].w;

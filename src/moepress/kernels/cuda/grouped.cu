@@ -23,7 +23,7 @@
 constexpr int AHEAD = 2;
 
 // Keeps the ring full with the stages of this block's tiles. One warp, of which one lane asks for copies. Records of the first
-// tile, which nobody changes, are asked for before the launch ahead has ended, if its tiles are known by then.
+// tile that there is, which nobody changes, are asked for before the launch ahead has ended, if tiles are known by then.
 template <typename C, int B, int MAX_B, int U, int G, int NT, int MODE, int MI, int WGS, int KW, int FB, bool AFTER, typename S>
 __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, const TensorMap& x_map, const TensorMap& other_map,
                                         const TensorMap& t_map, Work* works, u32 ring, u32 bars, int lane) {
@@ -32,7 +32,7 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
     const bool asks = elect();
     int stage = 0;
     u32 phase = 1;
-    bool t_is_there = !C::MULTIPLIES_V;
+    bool t_is_there = !C::MULTIPLIES_V, is_first = true;
     for (int index = blockIdx.x; index < schedule.total(); index += gridDim.x) {
         Work work = schedule.at(index);
         const bool of_v = C::MULTIPLIES_V && work.split;
@@ -76,7 +76,8 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
         };
         auto bytes_of = [&](int record) { return min(RECORDS, end - record) * 4 * size; };
         int record = first;
-        if (index == blockIdx.x) {  // the ring is empty
+        if (is_first) {  // the ring is empty, and the launch ahead may still run
+            is_first = false;
             if (p.tiles_known) {
                 const int most = MODE == GATE_UP && p.ids ? min(p.stages, AHEAD) : p.stages;
                 for (; stage < most && record < end; ++stage, record += RECORDS)

@@ -16,7 +16,7 @@ from moepress.errors import KernelError
 from moepress.kernels.cuda import choose
 from moepress.kernels.cuda.bank import BankArgument, Factors, RecordBank, structure
 from moepress.kernels.cuda.functions import address, find_kernel, is_bf16, processors_of, shared_bytes_of
-from moepress.kernels.cuda.rows import Route, Rows
+from moepress.kernels.cuda.rows import FEW_PAIRS, Route, Rows
 from moepress.kernels.cuda.tensor_map import map_rows, map_sums
 
 _Next = structure("_Next", "bytes sums", "", "units record_units segments floats")
@@ -34,10 +34,6 @@ class _Compensators(ctypes.Structure):
         ("t", ctypes.c_void_p), ("v_row_blocks", ctypes.c_int), ("done", ctypes.c_void_p), ("v_splits", ctypes.c_int),
         ("v_split_records", ctypes.c_int), ("parts", ctypes.c_void_p), ("arrived", ctypes.c_void_p),
     )  # fmt: skip
-
-
-MOST_COUNTED = 2048
-"""Pairs up to which blocks of gate and up count them for themselves: all that `place_rows` has small blocks for."""
 
 
 class _Grouped(ctypes.Structure):
@@ -104,7 +100,7 @@ def grouped(
     assert ld % 8 == 0, f"rows of {ld} results do not leave as eight neighbours"
     first, pairs, weights, slots = route or (None, None, None, 1)
     split = (part.splits, part.records, part.first, part.tiles) if part else (1, layout.records_per_row_block, 0, 0)
-    counts = mode == "GATE_UP" and ids is not None and ids.numel() <= MOST_COUNTED
+    counts = mode == "GATE_UP" and ids is not None and ids.numel() <= FEW_PAIRS
     arguments = _Grouped(
         address(y), address(bias), bank.argument, address(first), address(pairs), address(weights),
         _compensators(added, tile), _next(then),

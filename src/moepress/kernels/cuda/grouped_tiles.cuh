@@ -45,9 +45,9 @@ struct Arguments {
     int splits;             // parts of the columns: PLAIN with a result each, DENSE blocks of a cluster; else 1
     int split_records;      // of a part
     int first_tile, tiles;  // DENSE, but for tiles of 8 tokens: what this launch runs
-    int tiles_known;        // whether tiles are known while the launch ahead of this one runs: it does not make `first`, or
-    const void* ids;        // GATE_UP, which counts these then: [tokens * slots], as `place_rows` has them; null: see `first`
-    int ids_wide;
+    int tiles_known;        // 1: tiles can be counted while the launch ahead of this one runs, which does not make `first`, or of ids
+    const void* ids;        // GATE_UP, which counts these instead of reading `first`: [tokens * slots], as `place_rows` has them; or null
+    int ids_wide;           // int64, else int32
 };
 
 constexpr int MAX_EXPERTS = 512, MAX_SPLITS = 4;

@@ -15,6 +15,8 @@ from moepress.kernels.cuda import choose
 from moepress.kernels.cuda.bank import RecordBank, structure
 from moepress.kernels.cuda.functions import address, find_function, is_bf16, processors_of
 
+FEW_PAIRS = 2048
+"""Pairs up to which `place_rows` has small blocks, and blocks of gate and up count them for themselves."""
 PLACE_PAIRS = 1024
 """Most pairs of a block of `place_rows`, as in route.cu."""
 _WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -110,7 +112,7 @@ def sort_rows(
 ) -> tuple[Rows, Route]:
     """x's rows in the order of their experts, padded to whole records, in 16 bits, as bytes and with sums as asked.
 
-    `zeros`, int32, are set to 0 on the way.
+    `zeros`, int32 in fours, are set to 0 on the way.
     """
     (tokens, slots), experts, device = ids.shape, len(bank.where), x.device.index
     pairs, types = tokens * slots, (int(ids.dtype == torch.int64), _WEIGHT_TYPES[weights.dtype])
@@ -133,7 +135,7 @@ def place_blocks(tokens: int, slots: int, columns: int, processors: int) -> tupl
 
     Every block counts all pairs; so where these are many, blocks are few and large.
     """
-    if tokens * slots <= 2048:
+    if tokens * slots <= FEW_PAIRS:
         threads, chunks = 256, -(-columns // (8 * 256))
         shares = min(tokens, max(1, 8 * processors // chunks))
     else:
@@ -152,7 +154,7 @@ def prepare(
     count: torch.Tensor | None = None,
     zeros: torch.Tensor | None = None,
 ) -> Rows:
-    """x's rows as asked, the first `count` of them. `zeros`, int32, are set to 0."""
+    """x's rows as asked, the first `count` of them. `zeros`, int32 in fours, are set to 0."""
     made = Rows.empty(x, rows, bank, plain=plain, in_bytes=in_bytes, sums=sums)
     arguments = _Prepare(x.data_ptr(), made.argument(bank, zeros), address(count), rows, x.shape[1])
     blocks = min(8 * processors_of(x.device.index), -(-rows * bank.shape.any.padded_columns // (8 * 256)))
