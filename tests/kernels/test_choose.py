@@ -240,6 +240,10 @@ def test_known_layers() -> None:
     )
     assert eight == choose.Tile(8, 1, 2, 1, blocks=2)
     assert [eight.stages(small, AVAILABLE, 9216, of) for of in (None, of_v)] == [5, 4], "u and t come after less"
+    alone = choose.Tile(8, 1, 2, 2)
+    assert alone.stages(small, AVAILABLE, 9216, of_v) == alone.stages(small, AVAILABLE, 9216) == 5, (
+        "measured of experts"
+    )
     assert gate_up.template == "3, 3, 4, 64"
     team = choose.gemv_teams("GATE_UP", gate_up, 1, 2, 132)[0]
     assert team == choose.Team(4, 8)

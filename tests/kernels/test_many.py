@@ -202,6 +202,21 @@ def test_the_first_launch_sets_to_0_what_tells_of_t(
     assert all(mine is None or mine is each for mine, each in zip(added, given, strict=True))
 
 
+@pytest.mark.parametrize("tokens", [2, 8])
+def test_the_t_of_a_dense_layer_is_set_to_0(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """By the launch that makes bytes of x; all of it, and nothing else."""
+    given: list[Any] = []
+    monkeypatch.setattr(many, "prepare", lambda x, of, rows, *, zeros, **made: given.append(zeros))
+    monkeypatch.setattr(many, "grouped", lambda *_, added, **others: given.append(added))
+    monkeypatch.setattr(many, "find_tile", lambda x, bank, mode, tiles, ranks=None: (tiles[0], 2))
+    monkeypatch.setattr(many, "processors_of", lambda device: 132)
+    x, made = torch.empty(tokens, HIDDEN, dtype=torch.bfloat16), factors(HIDDEN, HIDDEN, 8)
+    many.many_linear(x, x.new_empty(tokens, HIDDEN), HIDDEN, bank(HIDDEN, HIDDEN), None, made)
+    zeros, added = given
+    assert added.t.data_ptr() == zeros.data_ptr() and added.t.shape == (tokens, 32)
+    assert added.t.nbytes == zeros.nbytes and zeros.numel() % 4 == 0
+
+
 @pytest.mark.parametrize(("rank", "columns"), [(8, 64), (64, 64), (72, 128)])
 @pytest.mark.parametrize("tokens", [9, 40, 300])
 def test_the_t_of_a_dense_layer_is_added_up_in_float32(
