@@ -331,10 +331,8 @@ class Tile:
         Below 2 the tile cannot run. Where experts' tiles of 8 tokens make t (`ranks`), u and t come after what the ring
         has asked for: with four stages Qwen3-30B-A3B's T=64 takes 98.4 us, with five 99.6 (H200).
         """
-        available, most = (
-            share_of(shared, self.blocks) - static - RESERVED,
-            4 if ranks and self.takes_bytes and self.blocks > 1 else 8,
-        )
+        available = share_of(shared, self.blocks) - static - RESERVED
+        most = 4 if ranks and self.takes_bytes and self.blocks > 1 else 8
         return min(most, available // self.stage_bytes(bank, ranks))
 
 
