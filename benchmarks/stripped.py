@@ -23,7 +23,10 @@ from moepress.kernels.cuda import compiler, few, functions
 
 Edits = tuple[tuple[str, str], ...]
 GEMV: dict[str, Edits] = {
-    "no waiting for t": (("bool t_is_there = false;", "bool t_is_there = true;"),),
+    "no waiting for t": (
+        ("while (!__all_sync(~0u, is_there(b)));\n            unit.template multiply_gated", "while (false);\n            unit.template multiply_gated"),
+        ("while (!__all_sync(~0u, is_there(b)));\n            if (f.columns", "while (false);\n            if (f.columns"),
+    ),
     "no u t": (
         (
             "int compensated = MODE == DOWN ? WARPS - 1 - warp : warp == WARPS - 1 ? row_slot : count;",
@@ -39,7 +42,7 @@ GEMV: dict[str, Edits] = {
     "records not multiplied": (("multiply_any<B, U, G>(part, ring.head(), x, sums, bits, lane);", ""),),
 }
 _NO_WAITING = (
-    ("while (!__all_sync(~0u, is_there())) load_row(f, work, i, lane);", ""),
+    ("while (!__all_sync(~0u, is_there(t))) load_row(f, work, i, lane);", ""),
     ("if (units && !t_is_there) {", "if (false) {"),
 )
 _NO_V = ("schedule.v_row_tiles = C::MULTIPLIES_V ? ", "schedule.v_row_tiles = C::MULTIPLIES_V && p.tokens < 0 ? ")

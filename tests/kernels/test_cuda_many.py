@@ -137,7 +137,7 @@ def random_bank(
             scale[slot, rows if live_rows[e] is None else live_rows[e] :] = 0
         records.append(pack_records(codes, scale.half(), zero.half(), layout))
         matrices[mine] = dequantize_records(records[-1], layout).double()
-    return RecordBank.build(records, layouts, where), matrices
+    return RecordBank.build(records, layouts, where, is_v=of_factors), matrices
 
 
 def random_factors(rows: int, columns: int, case: Case, sides: int, seed: int) -> tuple[Any, torch.Tensor]:

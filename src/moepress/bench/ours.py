@@ -193,8 +193,8 @@ def factor_banks(problem: Problem, matrix: int, seed: int, copy: int, device: to
     halves = ((0, 1), (2,))[matrix] if problem.moe else (0,)
     parts = [random_factors(problem, each, seed, copy, device) for each in halves]
     where, made = tuple((0, expert) for expert in range(problem.experts)), []
-    for records, layout in zip(shape.pack(parts, problem.rank), shape.layouts, strict=True):
-        bank = run.RecordBank.build((records,), (layout,), where)
+    for name, records, layout in zip("vu", shape.pack(parts, problem.rank), shape.layouts, strict=True):
+        bank = run.RecordBank.build((records,), (layout,), where, is_v=name == "v")
         made.append(Weights([records], bank.table, describe((layout,), where), bank))
     return FactorWeights(*made)
 

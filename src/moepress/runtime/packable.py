@@ -217,15 +217,21 @@ class Packable(nn.Module):
         made = []
         for name, records, layout in zip("vu", both, shape.layouts, strict=True):
             self.register_buffer(f"{prefix}{name}_records", records, persistent=False)
-            made.append(self._make_bank(f"{prefix}{name}_table", [records], [layout], where))
+            made.append(self._make_bank(f"{prefix}{name}_table", [records], [layout], where, is_v=name == "v"))
         return FactorWeights(*made)
 
     def _make_bank(
-        self, table: str, records: Sequence[torch.Tensor], layouts: Sequence[RecordLayout], where: Where
+        self,
+        table: str,
+        records: Sequence[torch.Tensor],
+        layouts: Sequence[RecordLayout],
+        where: Where,
+        *,
+        is_v: bool = False,
     ) -> Weights:
         from moepress.kernels.cuda import run
 
-        bank = run.RecordBank.build(records, layouts, where)
+        bank = run.RecordBank.build(records, layouts, where, is_v=is_v)
         self.register_buffer(table, bank.table, persistent=False)
         return Weights(list(bank.records), bank.table, describe(layouts, where), bank)
 

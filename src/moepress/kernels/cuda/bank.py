@@ -43,16 +43,23 @@ class RecordBank:
     where: tuple[tuple[int, int] | None, ...]
     """Expert -> (which of `records`, slot); None: it has no such matrix."""
     table: torch.Tensor
-    """int64 [E + 1, 2] on the device: address, 0 for none; word bits and, 32 bits up, the middle code. The last row
-    are counters, zeros at first."""
+    """int64 [E and more, 2] on the device: address, 0 for none; word bits and, 32 bits up, the middle code. Below, of v
+    of compensators, zeros: a row for a counter, and `t`."""
     in_order: bool | None = None
     """Whether expert e has slot e of a single tensor; None: not found out yet, which takes 5 us for 128 experts."""
 
     @classmethod
     def build(
-        cls, records: Sequence[torch.Tensor], layouts: Sequence[RecordLayout], where: Sequence[tuple[int, int] | None]
+        cls,
+        records: Sequence[torch.Tensor],
+        layouts: Sequence[RecordLayout],
+        where: Sequence[tuple[int, int] | None],
+        *,
+        is_v: bool = False,
     ) -> RecordBank:
         """The bank with its table. The records must be complete and stay where they are.
+
+        That of v of compensators (`is_v`) has room for as many rows of t as `gemv` can have, 8 KB for 64 columns.
 
         Waits for the device: a kernel asks for its first records before the work ahead of it on the stream has ended.
         """
@@ -62,18 +69,19 @@ class RecordBank:
             else (0, 0)
             for place in where
         ]
-        rows.append((0, 0))
+        if is_v:
+            rows += [(0, 0)] * (1 + choose.MAX_PAIRS * t_columns(layouts[0]) // 8)
         table = torch.tensor(rows, dtype=torch.int64).to(records[0].device)
         torch.cuda.synchronize(records[0].device)
         return cls(tuple(records), tuple(layouts), tuple(where), table)
 
     @property
-    def counters(self) -> torch.Tensor:
-        """Two int64 on the device, of v of compensators: where `gemv` counts what is done of t.
+    def scratch(self) -> torch.Tensor:
+        """Of v of compensators, int64 [1 + .., 2]: a counter, and rows of t as `gemv` makes them, zeros before.
 
-        A dense layer leaves zeros; those of half of a layer of experts are reset by the next launch of the other half.
+        A dense layer leaves zeros; t of half of a layer of experts is set to 0 by the next launch of the other half.
         """
-        return self.table[-1]
+        return self.table[len(self.where) :]
 
     @cached_property
     def shape(self) -> choose.Bank:
@@ -91,6 +99,11 @@ class RecordBank:
 def are_in_order(where: Sequence[tuple[int, int] | None]) -> bool:
     """Whether expert e has slot e of the first, and so only, tensor of records."""
     return all(place == (0, expert) for expert, place in enumerate(where))
+
+
+def t_columns(v: RecordLayout) -> int:
+    """Of a row of t = v x, as in factor.cuh."""
+    return max(32, v.rows)
 
 
 def centre(layout: RecordLayout) -> int:
@@ -114,8 +127,8 @@ class Factors(NamedTuple):
 
     @property
     def t_columns(self) -> int:
-        """Of a row of t, as `t_columns` in factor.cuh has it."""
-        return max(32, self.v.layouts[0].rows)
+        """Of a row of t."""
+        return t_columns(self.v.layouts[0])
 
     @property
     def u_columns(self) -> int:

@@ -128,6 +128,14 @@ template <bool L1> __device__ __forceinline__ void load_half_t(u32 (&b)[4], cons
     b[0] = v.x, b[1] = v.y, b[2] = v.z, b[3] = v.w;
 }
 
+// Whether all of t had been stored when this was loaded: 0 is what is not there yet (ours), see `put_t`.
+template <int N> __device__ __forceinline__ bool is_there(const u32 (&t)[N]) {
+    u32 zeros = 0;  // the highest bit of a half of a word, where one is 0
+#pragma unroll
+    for (int i = 0; i < N; ++i) zeros |= t[i] - 0x10001u & ~t[i];
+    return !(zeros & 0x80008000u);
+}
+
 __device__ __forceinline__ int load_acquire(const int* from) {
     int x;
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
@@ -146,12 +154,9 @@ __device__ __forceinline__ int add_and_see(int* to) {
     return before;
 }
 
-// Until a counter of what is done of t has come so far; and whether it has.
+// Until a counter of what is done of t has come so far.
 __device__ __forceinline__ void await_count(const int* counter, int count, int lane) {
     if (lane == 0)
         while (load_acquire(counter) < count) {}
     __syncwarp();
-}
-__device__ __forceinline__ bool has_count(const int* counter, int count, int lane) {
-    return __shfl_sync(~0u, lane == 0 ? load_acquire(counter) : 0, 0) >= count;
 }

@@ -26,9 +26,9 @@ _Arguments = structure(
 
 class _Compensators(ctypes.Structure):
     _fields_ = (
-        ("v", BankArgument), ("u", BankArgument), ("t", ctypes.c_void_p), ("counters", ctypes.c_void_p),
-        ("others", ctypes.c_void_p), ("columns", ctypes.c_int), ("v_row_blocks", ctypes.c_int),
-        ("v_records", ctypes.c_int), ("u_records", ctypes.c_int),
+        ("v", BankArgument), ("u", BankArgument), ("t", ctypes.c_void_p), ("ended", ctypes.c_void_p),
+        ("others", ctypes.c_void_p), ("other_pieces", ctypes.c_int), ("columns", ctypes.c_int),
+        ("v_row_blocks", ctypes.c_int), ("v_records", ctypes.c_int), ("u_records", ctypes.c_int),
     )  # fmt: skip
 
 
@@ -55,8 +55,7 @@ def few_linear(
     """x [1, K] (W + u v)^T (+ bias) into y [1, N]; False, and no launch, where x needs too much shared memory."""
     if not (plan := _plan("DENSE", bank.shape, factors and _ranks(factors), x.dtype, 1, 1, x.device.index)):
         return False
-    t = _empty_t(x, 1, factors)
-    _launch(plan, x, y, bank, _compensators(factors, t), None, None, 1, 1, y.shape[1], bias)
+    _launch(plan, x, y, bank, _compensators(factors), None, None, 1, 1, y.shape[1], bias)
     return True
 
 
@@ -92,10 +91,9 @@ def few_experts(
         sums = torch.empty(-(-pairs * floats // 4) * 4, dtype=torch.float32, device=x.device)
         passed = _Passed(x.new_empty(pairs, 64 * down.shape.units), sums)
     h = passed.bytes if passed else x.new_empty(pairs, intermediate)
-    up_t, t = _empty_t(x, pairs, gate_up_factors), _empty_t(x, pairs, down_factors)
-    up, own = _compensators(gate_up_factors, up_t, down_factors), _compensators(down_factors, t, gate_up_factors)
-    counts = gate_up_factors or down_factors
-    with _both_halves(x.device.index, gate_up_factors) if counts else _NOTHING:
+    up = _compensators(gate_up_factors, down_factors, pairs)
+    own = _compensators(down_factors, gate_up_factors, pairs)
+    with _both_halves(x.device.index, gate_up_factors) if gate_up_factors or down_factors else _NOTHING:
         _launch(plans[0], x, h, gate_up, up, ids, None, tokens, slots, intermediate, passed=passed)
         _launch(plans[1], h, y, down, own, ids, weights, tokens, slots, x.shape[1], passed=passed)
     return True
@@ -108,13 +106,13 @@ _locks: dict[int, Lock] = {}
 
 @contextmanager
 def _both_halves(device: int, gate_up: Factors | None) -> Iterator[None]:
-    """Halves reset each other's counters: no other thread's come between; where down fails, gate and up's are reset."""
+    """Halves set each other's t to 0: no other thread's come between; where down fails, gate and up's is set here."""
     with _locks.setdefault(device, Lock()):
         try:
             yield
         except BaseException:
             if gate_up:
-                gate_up.v.counters.zero_()
+                gate_up.v.scratch.zero_()
             raise
 
 
@@ -176,20 +174,25 @@ def _launch(
     )
 
 
-def _empty_t(x: torch.Tensor, pairs: int, factors: Factors | None) -> torch.Tensor | None:
-    return None if factors is None else x.new_empty(pairs, factors.t_columns)
-
-
-def _compensators(factors: Factors | None, t: torch.Tensor | None, others: Factors | None = None) -> _Compensators:
-    """`others` are those of the other half of a layer of experts, whose counters the launch sets to 0."""
-    reset = others and others.v.counters.data_ptr()
+def _compensators(factors: Factors | None, others: Factors | None = None, pairs: int = 1) -> _Compensators:
+    """`others` are those of the other half of a layer of experts, whose t for `pairs` the launch sets to 0."""
+    made = _Compensators()
+    if others:
+        made.others, made.other_pieces = _t_of(others), pairs * others.t_columns // 8
     if factors is None:
-        return _Compensators(others=reset)
+        return made
     v, u = factors.v.shape, factors.u.shape.any
     return _Compensators(
-        factors.v.argument, factors.u.argument, address(t), factors.v.counters.data_ptr(), reset,
-        v.any.rows, v.row_blocks, v.any.records_per_row_block, u.records_per_row_block,
+        factors.v.argument, factors.u.argument, _t_of(factors), factors.v.scratch.data_ptr(), made.others,
+        made.other_pieces, v.any.rows, v.row_blocks, v.any.records_per_row_block, u.records_per_row_block,
     )  # fmt: skip
+
+
+def _t_of(factors: Factors) -> int:
+    """Address of t, after the counter's row."""
+    scratch = factors.v.scratch
+    assert len(scratch) > 1, "a bank that is not v's has no room for t"
+    return scratch.data_ptr() + 16
 
 
 def _ranks(factors: Factors) -> choose.Ranks:

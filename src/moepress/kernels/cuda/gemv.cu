@@ -131,8 +131,10 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     fetch_some(0, 1);  // x would come after whatever is asked for before it
 
     if (MODE != GATE_UP) await_producers();
-    // halves of a layer reset each other's: for the last block of each to do it took a trip to memory at its end
-    if (MODE != DENSE && f.others && blockIdx.x == 0 && threadIdx.x == 0) *f.others = 0;
+    // halves of a layer set each other's t to 0
+    if (MODE != DENSE)
+        for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < f.other_pieces; i += gridDim.x * blockDim.x)
+            f.others[i] = make_uint4(0, 0, 0, 0);
     allow_dependents();
     auto row_of = [&](int row) -> const u16* {
         if (MODE != DOWN || NT > 1) return p.x + (u64)row * p.k;
@@ -187,10 +189,6 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
 
     const Correction<FB, FU, NT, BF16, MODE> correction = {f, active};
     typename Correction<FB, FU, NT, BF16, MODE>::Unit unit;
-    bool t_is_there = false;
-    auto await_t = [&] {
-        if (!t_is_there) await_count(f.counters, STORING * items, lane), t_is_there = true;
-    };
     Segment<NT>* segment = segments;
     int waiting = 0;  // row blocks, from `late` on
     Cursor<WARPS, MODE> late = here;
@@ -201,7 +199,6 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             float *sums = pending[group][i], part[2] = {};
             if (active.u[late.slot]) {
                 correction.load(unit, late.slot, late.row_block, 0, lane);
-                await_t();
                 correction.add(part, unit, late.slot, late.row_block, lane);
                 sums[lane % 4 * ROWS + lane / 4] += part[0], sums[lane % 4 * ROWS + lane / 4 + 8] += part[1];
                 __syncwarp();
@@ -230,9 +227,6 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
                 if constexpr (DEFERS) correction.prefetch(compensated, row_block, lane);
                 else correction.load(unit, compensated, row_block, 0, lane);
             }
-        // to ask takes a trip to memory: here while records are under way, and not before t mostly is there
-        if constexpr (DEFERS)
-            if (!t_is_there && waiting == 3) t_is_there = has_count(f.counters, STORING * items, lane);
         while (!here.at_end_of_row(p, count)) {
             fetch_next();
             ring.wait();
@@ -251,7 +245,6 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         if constexpr (FACTORS && !DEFERS) {
             for (bool loaded = true; compensated < count; compensated += MODE == DOWN ? WARPS : count, loaded = false) {
                 if (!active.u[compensated]) continue;
-                await_t();
                 float part[2] = {};
                 if (!loaded) correction.load(unit, compensated, row_block, 0, lane);
                 correction.add(part, unit, compensated, row_block, lane);
@@ -279,10 +272,11 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         if (PASSES) ++segment;
         here.next_row(p, steps, stride, warp);
     }
-    if constexpr (FACTORS && MODE == DENSE) {  // the last block to end leaves the counters as it found them
+    if constexpr (FACTORS && MODE == DENSE) {  // the last block to end leaves t and the counter as it found them
         __syncthreads();
         if (threadIdx.x > 0) return;
         const u32 last = gridDim.x - 1;
-        if (atomicInc(reinterpret_cast<u32*>(f.counters + 1), last) == last) f.counters[0] = 0;
+        if (atomicInc(reinterpret_cast<u32*>(f.ended), last) != last) return;
+        for (int i = 0; i < t_columns(f.columns) / 8; ++i) reinterpret_cast<uint4*>(f.t)[i] = make_uint4(0, 0, 0, 0);
     }
 }

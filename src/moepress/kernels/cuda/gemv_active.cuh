@@ -29,9 +29,10 @@ struct Arguments {
 struct Compensators {
     Bank v;                 // [num_experts] rows of t by k; an expert without records has none
     Bank u;                 // [num_experts] rows of W by columns of t
-    u16* t;                 // [tokens * slots, t_columns] in the order of `t_place`, v x
-    int* counters;          // {warps that have stored t; DENSE: blocks that have ended}; 0 before
-    int* others;            // those of the other half of a layer of experts, which nobody uses now and this launch sets to 0; or null
+    u16* t;                 // v x, [tokens * slots, t_columns] in the order of `t_place`, 0 before
+    int* ended;             // DENSE: blocks that have, 0 before
+    uint4* others;          // t of the other half of a layer of experts, which nobody uses now and this launch sets to 0
+    int other_pieces;       // of 16 bytes, of `others`
     int columns;            // of t: 8, 16, 32 or a multiple of 64
     int v_row_blocks, v_records, u_records;
 };

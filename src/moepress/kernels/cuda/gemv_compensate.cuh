@@ -18,9 +18,10 @@ template <int FB, int FU, int NT, bool BF16, int MODE> struct Correction {
     __device__ void load(Unit& unit, int slot, int row_block, int i, int lane) const {
         unit.template load<UNITS>(record(slot, row_block, i), i % UNITS, lane);
     }
-    // Of t; any for columns without a token. L1 has nothing older, because `await_count` acquires.
+    // Of t; the first column's for those without a token.
     __device__ const u16* row(int slot, int lane) const {
-        return f.t + max(int(active.pair[slot][NT == 1 ? 0 : lane / 8]), 0) * t_columns(f.columns);
+        const int pair = active.pair[slot][NT == 1 ? 0 : lane / 8];
+        return f.t + (pair < 0 ? active.pair[slot][0] : pair) * t_columns(f.columns);
     }
     __device__ void prefetch(int slot, int row_block, int lane) const {
         if (128 * lane < BYTES) asm volatile("prefetch.global.L2 [%0];" ::"l"(record(slot, row_block, 0) + 128 * lane));
@@ -31,7 +32,8 @@ template <int FB, int FU, int NT, bool BF16, int MODE> struct Correction {
         float c[4];
         if (MODE == GATE_UP && f.columns == UNIT) {  // rank 32; u is zero elsewhere (factors.py)
             u32 b[4];
-            load_half_t<true>(b, t, lane / 4 % 2, lane);
+            do load_half_t<false>(b, t, lane / 4 % 2, lane);
+            while (!__all_sync(~0u, is_there(b)));
             unit.template multiply_gated<BF16>(c, b);
             part[0] = fmaf(unit.scale(0), c[0], part[0]), part[1] = fmaf(unit.scale(1), c[3], part[1]);
             return;
@@ -39,7 +41,8 @@ template <int FB, int FU, int NT, bool BF16, int MODE> struct Correction {
         for (int i = 0; i < f.u_records * UNITS; ++i) {
             u32 b[8];
             if (i > 0) load(unit, slot, row_block, i, lane);
-            load_t<true>(b, t, i, f.columns, lane);
+            do load_t<false>(b, t, i, f.columns, lane);
+            while (!__all_sync(~0u, is_there(b)));
             if (f.columns <= UNIT / 2) unit.template multiply<BF16, HALF>(c, b);
             else unit.template multiply<BF16, WHOLE>(c, b);
             part[0] = fmaf(unit.scale(0), c[0], part[0]), part[1] = fmaf(unit.scale(1), c[2], part[1]);

@@ -77,15 +77,13 @@ __device__ void pass_row(const Arguments& p, const Active<NT>& active, const flo
         *reinterpret_cast<float2*>(p.passed.sums + (u64)pair * row_sums<NT>(units * SEGMENTS) + at) = make_float2(bytes.scale, bytes.sum);
 }
 
-// The same for a row block of t; then says that this warp has stored its part.
+// The same for a row block of t.
 template <bool BF16, int NT, int COLUMNS, int WARPS, int STORING>
 __device__ void finish_t(const Compensators& f, const Active<NT>& active, const float* parts, int slot, int row_block, int part,
                          int lane) {
     for (int i = part * WARP + lane; i < ROWS * NT; i += STORING * WARP) {
         const int row = i % ROWS, token = i / ROWS, pair = active.pair[slot][token];
         const float sum = add_parts<COLUMNS, WARPS>(parts, token, row);
-        if (pair >= 0) put_t<BF16>(f.t + pair * t_columns(f.columns), row_block * ROWS + row, f.columns, sum);
+        if (pair >= 0) put_t<BF16, true>(f.t + pair * t_columns(f.columns), row_block * ROWS + row, f.columns, sum);
     }
-    __syncwarp();
-    if (lane == 0) add_release(f.counters);
 }

@@ -50,19 +50,12 @@ template <int FB, int FU, bool BF16> struct Compensator {
         const int token = work.token + min(lane / 4, work.tokens - 1);  // any for columns without a token
         load_t<false>(t, f.t + (u64)token * t_columns(f.columns), i, f.columns, lane);
     }
-    // Whether all of the lane's t had been stored when it was loaded.
-    __device__ __forceinline__ bool is_there() const {
-        u32 least = t[0];
-#pragma unroll
-        for (int i = 1; i < 8; ++i) asm("min.u16x2 %0, %0, %1;" : "+r"(least) : "r"(t[i]));
-        return least & 0xffff && least >> 16;
-    }
     // y += u t. The first unit is there, and t's asked for.
     __device__ __forceinline__ void add(float (&y)[4], const Compensators& f, const Work& work, int row_block, int lane) {
         for (int i = 0; i < (f.columns + UNIT - 1) / UNIT; ++i) {
             float c[4];
             if (i > 0) load_unit(f, work, row_block, i, lane), load_row(f, work, i, lane);
-            while (!__all_sync(~0u, is_there())) load_row(f, work, i, lane);
+            while (!__all_sync(~0u, is_there(t))) load_row(f, work, i, lane);
             if (f.columns <= UNIT / 2) unit.template multiply<BF16, HALF>(c, t);
             else unit.template multiply<BF16, WHOLE>(c, t);
 #pragma unroll
