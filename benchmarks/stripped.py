@@ -24,15 +24,15 @@ from moepress.kernels.cuda import compiler, few, functions
 Edits = tuple[tuple[str, str], ...]
 GEMV: dict[str, Edits] = {
     "no waiting for t": (
-        ("while (!__all_sync(~0u, is_there(b)));\n            unit.template multiply_gated", "while (false);\n            unit.template multiply_gated"),
-        ("while (!__all_sync(~0u, is_there(b)));\n            if (f.columns", "while (false);\n            if (f.columns"),
+        ("while (!__all_sync(~0u, is_there(half))) load_row(t, slot, lane);", ""),
+        ("while (!__all_sync(~0u, is_there(t))) load_row(t, slot, lane, i);", ""),
     ),
     "no u t": (
         (
             "int compensated = MODE == DOWN ? WARPS - 1 - warp : warp == WARPS - 1 ? row_slot : count;",
             "int compensated = count;",
         ),
-        ("if (active.u[late.slot]) {", "if (false) {"),
+        ("            correction.add(part, unit, t, slot, row_block, lane);\n            if (NT > 1", "            if (NT > 1"),
     ),
     "no v": (("const int items = FACTORS ? active.compensated_count * f.v_row_blocks : 0;", "const int items = 0;"),),
     "x not converted": (

@@ -38,7 +38,7 @@ PLACES = (
     ("has u t, last row", "        if constexpr (!SCATTERS) put_part<NT>(own, y, lane);\n"),
     (
         "adds u t of several rows",
-        "        named_barrier(1 + group, WARPS * WARP);\n        for (int i = 0; i < waiting;",
+        "            if (mine) add_late(unit, t, late_slot, late_row_block);\n",
     ),
     ("ends", "    if constexpr (FACTORS && MODE == DENSE) {  // the last block to end"),
 )

@@ -301,7 +301,7 @@ def test_bytes_are_passed_on_in_segments_of_one_size(up: int, down: int, passes:
     assert not choose.passes_bytes(choose.Tile(8, 1, 1, 1), gate_up, tiles[1], other), "half a unit"
 
 
-@pytest.mark.parametrize("name", ["MAX_TOKENS", "MAX_PAIRS", "MAX_SEGMENTS", "PENDING", "GEMV_STATIC"])
+@pytest.mark.parametrize("name", ["MAX_TOKENS", "MAX_PAIRS", "MAX_SEGMENTS", "PENDING", "EXPERT_STAGES", "GEMV_STATIC"])
 def test_the_kernel_has_room_for_what_is_chosen(name: str) -> None:
     """Of shared memory, in arrays of a size that the source says once more."""
     source = resources.files("moepress.kernels.cuda").joinpath("gemv_active.cuh").read_text()

@@ -21,15 +21,15 @@ using std::max, std::min;
 #define __forceinline__
 #include "gemv_shares.cuh"
 template <int GROUPS>
-void find(int* to, int blocks, int block, int group, int segmented, int apart, int segments, int items) {
-    Shares<GROUPS> s(blocks, block, group, segmented, apart);
+void find(int* to, int blocks, int block, int group, int segmented, int apart, int all, int segments, int items) {
+    Shares<GROUPS> s(blocks, block, group, segmented, apart, all);
     if (segments >= 0) s.spread_v(blocks, block, group, segments, items);
     to[0] = s.first, to[1] = s.stride, to[2] = s.first_of_v, to[3] = s.stride_of_v;
 }
 """
 CALL = """
-extern "C" void find_{0}(int* to, int a, int b, int c, int d, int e, int f, int g) {{
-    find<{0}>(to, a, b, c, d, e, f, g);
+extern "C" void find_{0}(int* to, int a, int b, int c, int d, int e, int f, int g, int h) {{
+    find<{0}>(to, a, b, c, d, e, f, g, h);
 }}"""
 Find = Callable[..., tuple[int, int, int, int]]
 
@@ -69,15 +69,15 @@ def taken(find: Find, groups: int, blocks: int, counts: tuple[int, int], *given:
     row_blocks=st.integers(0, 3000),
 )  # fmt: skip
 @example(groups=8, blocks=132, apart=32, row_blocks=768)
+@example(groups=8, blocks=132, apart=24, row_blocks=1056)  # the others have too few groups
 def test_each_row_block_has_a_group(find: Find, groups: int, blocks: int, apart: int, row_blocks: int) -> None:
     items = apart or 7
-    of_w, of_v = taken(find, groups, blocks, (row_blocks, items), 0, apart, -1, 0)
+    of_w, of_v = taken(find, groups, blocks, (row_blocks, items), 0, apart, row_blocks, -1, 0)
     assert max(of_w.values()) - min(of_w.values()) <= 1
     with_v = {block for (block, _), count in of_v.items() if count}
-    if apart and (apart + 1) // 2 <= blocks // 4:
+    if apart and row_blocks <= (blocks - (apart + 1) // 2) * groups:
         assert len(with_v) == (apart + 1) // 2 and max(of_v.values()) == (1 if groups > 1 else min(apart, 2))
-        if row_blocks <= (blocks - len(with_v)) * groups:
-            assert not any(count for (block, _), count in of_w.items() if block in with_v), "v's blocks are the last"
+        assert not any(count for (block, _), count in of_w.items() if block in with_v), "v has blocks of its own"
     else:
         assert max(of_v.values()) == -(-items // (blocks * groups)) and len(with_v) == min(items, blocks)
         if -(-row_blocks // blocks) - (-items // blocks) <= groups:
@@ -88,7 +88,7 @@ def test_each_row_block_has_a_group(find: Find, groups: int, blocks: int, apart:
 @example(blocks=132, segments=612, items=204)
 @example(blocks=132, segments=131, items=4096)  # one block has one less, and two a group would be more than all blocks
 def test_with_whole_segments(find: Find, blocks: int, segments: int, items: int) -> None:
-    of_w, of_v = taken(find, 8, blocks, (8 * segments, items), 1, 0, segments, items)
+    of_w, of_v = taken(find, 8, blocks, (8 * segments, items), 1, 0, 8 * segments, segments, items)
     for block in range(blocks):
         assert len({of_w[block, group] for group in range(8)}) == 1, "eight groups make a segment"
     with_v = {block for (block, _), count in of_v.items() if count}

@@ -26,8 +26,10 @@ MAX_TOKENS, MAX_PAIRS = 8, 64
 """Most tokens of a launch of `gemv`, and most pairs of token and expert where tokens are several."""
 MAX_SEGMENTS = 16
 """Segments of 64 results that a block of `gemv` makes bytes of, at most."""
-PENDING = 5
-"""Row blocks of gate and up of which a group of `gemv`'s warps adds u t together, where tokens are several."""
+PENDING = 4
+"""Row blocks of gate and up of which a group of `gemv`'s warps adds u t together, at most."""
+EXPERT_STAGES = 2
+"""Records that a warp of `gemv` has under way in an experts' launch."""
 EXAMPLES = 2, 8, 16, 24, 64, 160, 257
 """Numbers of tokens, on average of an expert, that ask for every best tile there is."""
 MOST_TOKENS = 1 << 15
@@ -189,7 +191,7 @@ def gemv_room(
     words = bank.units * 32 + gemv_row_sums(bank, tokens)
     record = max(bank.record_bytes, ranks.v_record_bytes if ranks else 0)
     each = -(-bank.row_blocks * bank.any.records_per_row_block // (WARPS * processors))
-    most = min(4, max(2, each)) if mode == "DENSE" else 2
+    most = min(4, max(2, each)) if mode == "DENSE" else EXPERT_STAGES
     return Room(_up(4 * rows * words, 16), team.warps * team.groups * (record + 8), most)
 
 

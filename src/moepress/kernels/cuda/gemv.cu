@@ -33,16 +33,19 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     constexpr int STORING = NT > 1 && WARPS >= 16 ? PARTS / 2 : 1;  // warps that store a row block
     constexpr u32 V_SIZE = FACTORS ? Record<U, UNIT>::bytes(FB) : 0, OWN_SIZE = Record<U, G>::bytes(MAX_B);
     constexpr u32 SLOT = OWN_SIZE > V_SIZE ? OWN_SIZE : V_SIZE;
+    const int stages = MODE == DENSE ? p.stages : EXPERT_STAGES;
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ Active<NT> active;
     __shared__ float all_parts[GROUPS][2][WARPS * PARTS * ROWS];
     constexpr bool PASSES = MODE == GATE_UP && NT > 1 && GROUPS == 8;
-    // Where gate and up have several tokens, u t of up to PENDING turns is added after them, each by a warp of its own: waiting for
-    // t, and a trip to memory at the end of each turn, took 3 of 49 us for Qwen3's eight tokens.
-    constexpr bool DEFERS = FACTORS && MODE == GATE_UP && NT > 1, APART = FACTORS && MODE == GATE_UP && NT == 1;
-    __shared__ float pending[DEFERS ? GROUPS : 1][DEFERS ? PENDING : 1][NT * ROWS];
+    // u t of up to PENDING turns of gate and up is added after them, each by a warp of its own: waiting for t, and a trip to memory
+    // at the end of each turn, took 3 of 49 us for Qwen3's eight tokens, and 1.7 of 47 for Mixtral's one.
+    constexpr bool DEFERS = FACTORS && MODE == GATE_UP, APART = DEFERS && NT == 1;
+    __shared__ Pending<NT> all_pending[DEFERS ? GROUPS : 1][DEFERS ? PENDING : 1];
+    __shared__ int most_pending;
+    static_assert(!DEFERS || PENDING <= WARPS, "a warp has one of them at most");
     __shared__ Segment<NT> segments[PASSES ? MAX_SEGMENTS : 1];  // of this block, in the order of their turns
-    static_assert(sizeof(active) + sizeof(all_parts) + sizeof(pending) + sizeof(segments) + 1024 <= GEMV_STATIC,
+    static_assert(sizeof(active) + sizeof(all_parts) + sizeof(all_pending) + sizeof(segments) + 1024 <= GEMV_STATIC,
                   "launches count on it, with what the system has");
     // ids take most of a microsecond to come, and what does not depend on them is computed meanwhile; those of GATE_UP may be made
     // by the launch ahead of it, for DOWN they are older than that
@@ -54,22 +57,23 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     const int lane = threadIdx.x % WARP, any_warp = __shfl_sync(~0u, threadIdx.x / WARP, 0);
     const int warp = any_warp % WARPS, group = any_warp / WARPS;
     auto& parts = all_parts[group];
+    auto& pending = all_pending[DEFERS ? group : 0];
     const int pairs = p.tokens * p.slots;
-    u64* bars = reinterpret_cast<u64*>(shared + WARPS * GROUPS * p.stages * SLOT);
+    u64* bars = reinterpret_cast<u64*>(shared + WARPS * GROUPS * stages * SLOT);
     Staged s;
     s.units = p.records * U;
     s.rows = MODE == DOWN ? pairs : p.tokens;
     s.words = s.units * UNIT_WORDS;
     s.row_sums = row_sums<NT>(s.units * SEGMENTS);
-    s.x = reinterpret_cast<u32*>(bars + WARPS * GROUPS * p.stages);
+    s.x = reinterpret_cast<u32*>(bars + WARPS * GROUPS * stages);
     s.sums = reinterpret_cast<float*>(s.x + s.rows * s.words);
 
     // with compensators there are no registers left for it
     const u32 ring_at = kept<!FACTORS>(shared_address(shared));
-    const u32 bars_at = FACTORS ? shared_address(bars) : ring_at + WARPS * GROUPS * p.stages * SLOT;
-    Ring ring(ring_at + any_warp * p.stages * SLOT, bars_at + any_warp * p.stages * 8, SLOT, p.stages);
+    const u32 bars_at = FACTORS ? shared_address(bars) : ring_at + WARPS * GROUPS * stages * SLOT;
+    Ring ring(ring_at + any_warp * stages * SLOT, bars_at + any_warp * stages * 8, SLOT, stages);
 #if __CUDA_ARCH__ >= 900
-    if (lane < p.stages) mbarrier_init(shared_address(bars + any_warp * p.stages + lane), 1);
+    if (lane < stages) mbarrier_init(shared_address(bars + any_warp * stages + lane), 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     const u64 policy = evict_first();
 #else
@@ -88,20 +92,20 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     if (PASSES && threadIdx.x < MAX_SEGMENTS) segments[threadIdx.x].stored = 0;
     const int block = HERE ? from_here(blockIdx.x) : blockIdx.x, blocks = gridDim.x;
     const bool passes = PASSES && p.passed.bytes;
-    Shares<GROUPS> shares(blocks, block, group, passes, APART ? p.slots * f.v_row_blocks : 0);
+    Shares<GROUPS> shares(blocks, block, group, passes, APART ? p.slots * f.v_row_blocks : 0, p.slots * p.row_blocks);
     const int stride = shares.stride;
     const Steps<WARPS, MODE> steps(p, shares.first, stride, warp);
     Cursor<WARPS, MODE> ahead(steps, shares.first, warp), here = ahead;
     find_active<NT, MODE, FACTORS>(active, p, f, chosen);
     const int count = active.count;
     const u8* row = nullptr;  // of records that `ahead` is in; null at the end
-    u32 size = 0;
+    u32 size = Record<U, G>::bytes(B);
     auto find_row = [&] {
         while (!ahead.done(p, count) && ahead.at_end_of_row(p, count)) ahead.next_row(p, steps, stride, warp);
         row = nullptr;
         if (ahead.done(p, count)) return;
         const Expert& e = active.expert[ahead.slot];
-        size = Record<U, G>::bytes(B ? B : e.word_bits);
+        if (!B) size = Record<U, G>::bytes(e.word_bits);
         row = locate(e.records, ahead.row_block, 0, p.records, size);
     };
     auto fetch_next = [&] {
@@ -142,7 +146,11 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     };
     if (MODE == DOWN && NT > 1 && p.passed.bytes) copy_rows(s, p.passed);
     else stage_rows<G, BF16, NT, EARLY>(s, row_of, early, p.k);
-    fetch_some(1, p.stages - 1);
+    fetch_some(1, stages - 1);
+    if (DEFERS && threadIdx.x == 0) {  // turns in as many parts as there have to be, as even as can be
+        const int turns = (count * p.row_blocks + stride - 1) / stride, times = (turns + PENDING - 1) / PENDING;
+        most_pending = turns ? (turns + times - 1) / times : 0;
+    }
     __syncthreads();
 
     // the staged row of the input of an expert's column; any for columns without a token
@@ -151,7 +159,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         return MODE == DOWN ? max(int(active.pair[slot][column]), 0) : int(active.token[slot][column]);
     };
     // of a lane's column: its half of a unit for high or low bytes, and there its own 16
-    const u32 x_at = FACTORS ? shared_address(s.x) : bars_at + WARPS * GROUPS * p.stages * 8;
+    const u32 x_at = FACTORS ? shared_address(s.x) : bars_at + WARPS * GROUPS * stages * 8;
     const u32 sums_at = FACTORS ? shared_address(s.sums) : x_at + s.rows * s.words * 4;
     const u32 x_lane = x_at + lane / 4 % 2 * 64 + lane % 4 * 16;
     auto x_of = [&](int slot, int record) { return x_lane + staged(slot, lane / 8) * s.words * 4 + 128 * U * record; };
@@ -179,7 +187,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
                 ring.release();
             }
             item += shares.stride_of_v;
-            find_v(), fetch_some(0, p.stages - 1);
+            find_v(), fetch_some(0, stages - 1);
             put_part<NT>(parts[turn % 2] + warp * PARTS * ROWS, y, lane);
             named_barrier(1 + group, WARPS * WARP);
             if (storing() < STORING)
@@ -188,27 +196,20 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     }
 
     const Correction<FB, FU, NT, BF16, MODE> correction = {f, active};
-    typename Correction<FB, FU, NT, BF16, MODE>::Unit unit;
+    using Unit = typename Correction<FB, FU, NT, BF16, MODE>::Unit;
     Segment<NT>* segment = segments;
-    int waiting = 0;  // row blocks, from `late` on
-    Cursor<WARPS, MODE> late = here;
-    auto add_late = [&] {
-        named_barrier(1 + group, WARPS * WARP);
-        for (int i = 0; i < waiting; ++i, ++segment, late.next_row(p, steps, stride, warp)) {
-            if (i % WARPS != warp) continue;
-            float *sums = pending[group][i], part[2] = {};
-            if (active.u[late.slot]) {
-                correction.load(unit, late.slot, late.row_block, 0, lane);
-                correction.add(part, unit, late.slot, late.row_block, lane);
-                sums[lane % 4 * ROWS + lane / 4] += part[0], sums[lane % 4 * ROWS + lane / 4 + 8] += part[1];
-                __syncwarp();
-            }
-            if constexpr (PASSES)
-                if (passes) pass_row<G, BF16, NT, 1>(p, active, sums, *segment, late.slot, late.row_block, lane);
-            if (!passes) finish_row<BF16, NT, NT, MODE, 1, 1>(p, active, sums, late.slot, late.row_block, 0, lane);
-            __syncwarp();  // lanes without a token are ahead, and products take all lanes
+    int waiting = 0;  // row blocks whose sums are pending
+    auto add_late = [&](Unit& unit, u32 (&t)[8], int slot, int row_block) {
+        float *sums = pending[warp].sums, part[2] = {};
+        if (active.u[slot]) {
+            correction.add(part, unit, t, slot, row_block, lane);
+            if (NT > 1 || lane % 4 == 0) sums[lane % 4 * ROWS + lane / 4] += part[0], sums[lane % 4 * ROWS + lane / 4 + 8] += part[1];
+            __syncwarp();
         }
-        waiting = 0;
+        if constexpr (PASSES)
+            if (passes) pass_row<G, BF16, NT, 1>(p, active, sums, segment[warp], slot, row_block, lane);
+        if (!passes) finish_row<BF16, NT, NT, MODE, 1, 1>(p, active, sums, slot, row_block, 0, lane);
+        __syncwarp();  // lanes without a token are ahead, and products take all lanes
     };
     for (; !here.done(p, count); ++turn) {
         const int row_block = here.row_block, row_slot = here.slot;
@@ -219,8 +220,9 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             for (int i = 0; i < PARTS * ROWS / WARP; ++i) own[i * WARP + lane] = 0.f;
             __syncwarp();
         }
-        // u t: of one expert by the last warp, which has the fewest columns, of down's by one warp each, the last first; asked
-        // for here and multiplied at the end, or later where it DEFERS
+        // u t: of one expert by the last warp, which has the fewest columns, of down's by one warp each, the last first; u is asked
+        // for here, and multiplied at the end or, where it DEFERS, later
+        Unit unit;
         int compensated = MODE == DOWN ? WARPS - 1 - warp : warp == WARPS - 1 ? row_slot : count;
         if constexpr (FACTORS)
             if (compensated < count && active.u[compensated]) {
@@ -243,27 +245,48 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             here.next_record(p, steps);
         }
         if constexpr (FACTORS && !DEFERS) {
-            for (bool loaded = true; compensated < count; compensated += MODE == DOWN ? WARPS : count, loaded = false) {
-                if (!active.u[compensated]) continue;
+            u32 t[8];
+            if (compensated < count && active.u[compensated]) correction.load_row(t, compensated, lane);
+            while (compensated < count) {
+                // what the next one takes is asked for before this one's t is waited for
+                const int next = compensated + (MODE == DOWN ? WARPS : count);
+                Unit next_unit;
+                u32 next_t[8];
+                if (next < count && active.u[next])
+                    correction.load(next_unit, next, row_block, 0, lane), correction.load_row(next_t, next, lane);
                 float part[2] = {};
-                if (!loaded) correction.load(unit, compensated, row_block, 0, lane);
-                correction.add(part, unit, compensated, row_block, lane);
+                if (active.u[compensated]) correction.add(part, unit, t, compensated, row_block, lane);
                 if constexpr (SCATTERS) scatter(own, compensated, part);
                 else
 #pragma unroll
                     for (int i = 0; i < 2; ++i) y[i] = fmaf(MODE == DOWN ? active.weight[compensated][0] : 1.f, part[i], y[i]);
+                compensated = next, unit = next_unit;
+#pragma unroll
+                for (int i = 0; i < 8; ++i) t[i] = next_t[i];
             }
         }
         if constexpr (!SCATTERS) put_part<NT>(own, y, lane);
-        named_barrier(1 + group, WARPS * WARP);
         if constexpr (DEFERS) {
+            here.next_row(p, steps, stride, warp);
+            Pending<NT>& last = pending[waiting];
+            const bool now = ++waiting == most_pending || here.done(p, count), mine = now && warp < waiting;
+            int late_slot = row_slot, late_row_block = row_block;
+            if (mine && warp < waiting - 1) late_slot = pending[warp].slot, late_row_block = pending[warp].row_block;
+            u32 t[8];
+            if (mine && active.u[late_slot])  // on their way while sums are added
+                correction.load(unit, late_slot, late_row_block, 0, lane), correction.load_row(t, late_slot, lane);
+            if (threadIdx.x % (WARPS * WARP) == 0) last.slot = row_slot, last.row_block = row_block;
+            named_barrier(1 + group, WARPS * WARP);
             if (storing() == 0)
                 for (int i = lane; i < NT * ROWS; i += WARP)
-                    pending[group][waiting][i] = add_parts<NT, WARPS>(parts[turn % 2], i / ROWS, i % ROWS);
-            here.next_row(p, steps, stride, warp);
-            if (++waiting == PENDING || here.done(p, count)) add_late();
+                    last.sums[i] = add_parts<NT, WARPS>(parts[turn % 2], i / ROWS, i % ROWS);
+            if (!now) continue;
+            named_barrier(1 + group, WARPS * WARP);
+            if (mine) add_late(unit, t, late_slot, late_row_block);
+            segment += waiting, waiting = 0;
             continue;
         }
+        named_barrier(1 + group, WARPS * WARP);
         if constexpr (PASSES)
             if (passes && storing() == 0)
                 pass_row<G, BF16, NT, WARPS>(p, active, parts[turn % 2], *segment, row_slot, row_block, lane);

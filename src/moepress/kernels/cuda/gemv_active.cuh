@@ -42,7 +42,8 @@ constexpr int MAX_TOKENS = 8;
 constexpr int MAX_PAIRS = 64;  // of several tokens
 constexpr int MAX_EXPERTS = 512;
 constexpr int MAX_SEGMENTS = 16;  // of 64 results of gate and up that a block makes bytes of
-constexpr int PENDING = 5;  // row blocks of a group that wait for u t
+constexpr int PENDING = 4;  // row blocks of a group that wait for u t, at most
+constexpr int EXPERT_STAGES = 2;  // of the rings of experts' launches: known to the compiler it saves registers
 constexpr int GEMV_STATIC = 41984;  // shared bytes that no instance declares more of
 
 // The experts that were chosen, with up to NT of the tokens that chose them: one token's in the order of its slots, several

@@ -26,25 +26,28 @@ template <int FB, int FU, int NT, bool BF16, int MODE> struct Correction {
     __device__ void prefetch(int slot, int row_block, int lane) const {
         if (128 * lane < BYTES) asm volatile("prefetch.global.L2 [%0];" ::"l"(record(slot, row_block, 0) + 128 * lane));
     }
-    // part += u t, of rows lane / 4 and lane / 4 + 8 and of token lane % 4; the first unit is in `unit`.
-    __device__ __forceinline__ void add(float (&part)[2], Unit& unit, int slot, int row_block, int lane) const {
-        const u16* t = row(slot, lane);
+    // Rank 32 of gate and up: u is zero but for halves (factors.py), and a lane has its half of t.
+    __device__ bool gated() const { return MODE == GATE_UP && f.columns == UNIT; }
+    // What a lane takes of t for unit i.
+    __device__ __forceinline__ void load_row(u32 (&t)[8], int slot, int lane, int i = 0) const {
+        if (gated()) load_half_t<false>(reinterpret_cast<u32(&)[4]>(t), row(slot, lane), lane / 4 % 2, lane);
+        else load_t<false>(t, row(slot, lane), i, f.columns, lane);
+    }
+    // part += u t, of rows lane / 4 and lane / 4 + 8 and of token lane % 4; the first unit is there, and t's asked for.
+    __device__ __forceinline__ void add(float (&part)[2], Unit& unit, u32 (&t)[8], int slot, int row_block, int lane) const {
         float c[4];
-        if (MODE == GATE_UP && f.columns == UNIT) {  // rank 32; u is zero elsewhere (factors.py)
-            u32 b[4];
-            do load_half_t<false>(b, t, lane / 4 % 2, lane);
-            while (!__all_sync(~0u, is_there(b)));
-            unit.template multiply_gated<BF16>(c, b);
+        if (gated()) {
+            u32(&half)[4] = reinterpret_cast<u32(&)[4]>(t);
+            while (!__all_sync(~0u, is_there(half))) load_row(t, slot, lane);
+            unit.template multiply_gated<BF16>(c, half);
             part[0] = fmaf(unit.scale(0), c[0], part[0]), part[1] = fmaf(unit.scale(1), c[3], part[1]);
             return;
         }
         for (int i = 0; i < f.u_records * UNITS; ++i) {
-            u32 b[8];
-            if (i > 0) load(unit, slot, row_block, i, lane);
-            do load_t<false>(b, t, i, f.columns, lane);
-            while (!__all_sync(~0u, is_there(b)));
-            if (f.columns <= UNIT / 2) unit.template multiply<BF16, HALF>(c, b);
-            else unit.template multiply<BF16, WHOLE>(c, b);
+            if (i > 0) load(unit, slot, row_block, i, lane), load_row(t, slot, lane, i);
+            while (!__all_sync(~0u, is_there(t))) load_row(t, slot, lane, i);
+            if (f.columns <= UNIT / 2) unit.template multiply<BF16, HALF>(c, t);
+            else unit.template multiply<BF16, WHOLE>(c, t);
             part[0] = fmaf(unit.scale(0), c[0], part[0]), part[1] = fmaf(unit.scale(1), c[2], part[1]);
         }
     }

@@ -9,11 +9,12 @@ template <int GROUPS> struct Shares {
     static constexpr int NONE = 1 << 30;
     int first, stride, first_of_v, stride_of_v;
 
-    // `apart`: row blocks of v that have blocks of their own, two in each, if that is no more than a quarter of all. Everybody waits
-    // for t, and behind records of W for the same multiprocessor v's were the last to come: Qwen3's one token 16.0 us, now 14.0.
-    __device__ __forceinline__ Shares(int blocks, int block, int group, bool segments, int apart) {
+    // `apart`: row blocks of v that have blocks of their own, two in each, if the other blocks have a group for each of W's `all` row
+    // blocks. Everybody waits for t, and behind records of W for the same multiprocessor v's were the last to come: Qwen3's one token
+    // 16.0 us, now 14.0. With more of W those blocks' groups would take it after v, all at once: DeepSeek-MoE's 14.9 us, else 15.2.
+    __device__ __forceinline__ Shares(int blocks, int block, int group, bool segments, int apart, int all) {
         stride = blocks * GROUPS;
-        const bool alone = apart && (apart + 1) / 2 <= blocks / 4;
+        const bool alone = apart && all <= (blocks - (apart + 1) / 2) * GROUPS;
         const int own = alone ? (apart + 1) / 2 : blocks, others = blocks - own;
         if (alone) first = block >= own ? block - own + group * others : others * GROUPS + block + group * own;
         else first = segments ? (blocks - 1 - block) * GROUPS + group : block + group * blocks;

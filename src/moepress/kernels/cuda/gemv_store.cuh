@@ -4,6 +4,12 @@
 #include "factor.cuh"
 #include "gemv_active.cuh"
 
+// The sums of a row block that u t is added to later.
+template <int NT> struct Pending {
+    float sums[NT * ROWS];
+    int slot, row_block;
+};
+
 // A warp's sums of one row block into its part of its group's buffer.
 template <int NT> __device__ __forceinline__ void put_part(float* part, const float (&y)[2], int lane) {
     const int column = NT == 1 ? 0 : lane % 4;

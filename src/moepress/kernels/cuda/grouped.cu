@@ -116,10 +116,6 @@ __device__ __forceinline__ void produce(const Arguments& p, const S& schedule, c
     if (lane == 0) works[stage].expert = -1, mbarrier_arrive(bars + 16 * stage);
 }
 
-template <int N> struct Size {
-    static constexpr int VALUE = N;
-};
-
 // FB is the bits of compensators' factors, 0 for none, and FU the units of u's records.
 template <int B, int MAX_B, int U, int G, bool BF16, int NT, int MODE, int MI, int WGS, int KW, int BLOCKS, bool AFTER,
           int FB, int FU>

@@ -215,6 +215,10 @@ __device__ __forceinline__ void multiply_codes(float (&acc)[N / 2], u32 first, i
     }
 }
 
+template <int N> struct Size {
+    static constexpr int VALUE = N;
+};
+
 // All stages of a tile, and those of t. Where widths are mixed each has a stage of its own code: nothing is under way between.
 template <typename C, int B, int U, int G, bool BF16, int NT, int N, int FB, typename A>
 __device__ __forceinline__ void accumulate_codes(float (&acc)[1][N / 2], A& added, u32 stages_at, u32 stage_bytes, u32 sums_at,
@@ -223,22 +227,23 @@ __device__ __forceinline__ void accumulate_codes(float (&acc)[1][N / 2], A& adde
     constexpr int STEP = C::STEP;
     const int rounds = (records + STEP - 1) / STEP, more = FB > 0 ? added.units() : 0;
     const u32 first = C::X_BYTES + (wg * STEP * 4 + warp) * Record<U, G>::bytes(B ? B : bits);
-    for (int round = 0; round < rounds; ++round) {
-        mbarrier_wait(bars + 16 * stage, phase);
-        const u32 at = stages_at + stage * stage_bytes;
-#define MULTIPLY(W)                                                                                     \
-    multiply_codes<W, U, G, BF16, NT, N>(acc[0], at + first, records - round * STEP, swizzled_tile(at), \
-                                         at + sums_at + lane % 4 * 32, lane)
-        if constexpr (B) MULTIPLY(B);
-        else if (bits == 1) MULTIPLY(1);
-        else if (bits == 2) MULTIPLY(2);
-        else if (bits == 3) MULTIPLY(3);
-        else MULTIPLY(4);
-#undef MULTIPLY
-        __syncwarp();  // all lanes have read sums of x
-        if (lane == 0) mbarrier_arrive(bars + 16 * stage + 8);
-        if (++stage == stages) stage = 0, phase ^= 1;
-    }
+    auto run = [&](auto width) {
+        constexpr int W = decltype(width)::VALUE;
+        for (int round = 0; round < rounds; ++round) {
+            mbarrier_wait(bars + 16 * stage, phase);
+            const u32 at = stages_at + stage * stage_bytes;
+            multiply_codes<W, U, G, BF16, NT, N>(acc[0], at + first, records - round * STEP, swizzled_tile(at),
+                                                 at + sums_at + lane % 4 * 32, lane);
+            __syncwarp();  // all lanes have read sums of x
+            if (lane == 0) mbarrier_arrive(bars + 16 * stage + 8);
+            if (++stage == stages) stage = 0, phase ^= 1;
+        }
+    };
+    if constexpr (B) run(Size<B>{});
+    else if (bits == 1) run(Size<1>{});
+    else if (bits == 2) run(Size<2>{});
+    else if (bits == 3) run(Size<3>{});
+    else run(Size<4>{});
     for (int unit = 0; unit < more; ++unit) {
         mbarrier_wait(bars + 16 * stage, phase);
         u32 a[16];
