@@ -32,7 +32,7 @@ GEMV: dict[str, Edits] = {
             "int compensated = MODE == DOWN ? WARPS - 1 - warp : warp == WARPS - 1 ? row_slot : count;",
             "int compensated = count;",
         ),
-        ("            correction.add(part, unit, t, slot, row_block, lane);\n            if (NT > 1", "            if (NT > 1"),
+        ("correction.add(part, unit, t, slot, row_block, lane);\n            if (NT > 1", "if (NT > 1"),
     ),
     "no v": (("const int items = FACTORS ? active.compensated_count * f.v_row_blocks : 0;", "const int items = 0;"),),
     "x not converted": (

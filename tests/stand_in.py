@@ -42,7 +42,12 @@ class RecordBank:
 
     @classmethod
     def build(
-        cls, records: Sequence[torch.Tensor], layouts: Sequence[RecordLayout], where: Sequence[tuple[int, int] | None]
+        cls,
+        records: Sequence[torch.Tensor],
+        layouts: Sequence[RecordLayout],
+        where: Sequence[tuple[int, int] | None],
+        *,
+        is_v: bool = False,
     ) -> RecordBank:
         for tensor, layout in zip(records, layouts, strict=True):
             assert tensor.dtype == torch.uint8 and tensor.is_contiguous() and tensor.shape[1:] == layout.shape

@@ -342,7 +342,21 @@ def test_a_matrix_brings_its_middle_code(bits: int, monkeypatch: pytest.MonkeyPa
     assert (argument.word_bits, argument.centre) == (word, middle)
     turned = RecordBank.build([records], [layout], [(0, 1), (0, 0)])
     assert turned.argument.experts == turned.table.data_ptr() and turned.argument.first is None
-    assert turned.table.tolist() == [[records[slot].data_ptr(), word + (middle << 32)] for slot in (1, 0)] + [[0, 0]]
+    assert turned.table.tolist() == [[records[slot].data_ptr(), word + (middle << 32)] for slot in (1, 0)]
+
+
+@pytest.mark.parametrize(("rank", "columns"), [(8, 32), (32, 32), (64, 64), (192, 192)])
+def test_a_bank_of_v_has_room_for_t(rank: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros below the experts' rows: a counter, and 2 bytes for each column of as many pairs as `gemv` takes."""
+    from moepress.kernels.cuda.run import RecordBank
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    layout = RecordLayout(rank, 128, 3, 64)
+    records = torch.ones(2, *layout.shape, dtype=torch.uint8)
+    bank = RecordBank.build([records], [layout], [(0, 1), (0, 0), None], is_v=True)
+    assert bank.scratch.shape == (1 + choose.MAX_PAIRS * columns * 2 // 16, 2) and not bank.scratch.any()
+    assert bank.table[:2, 0].all() and bank.scratch.data_ptr() == bank.table.data_ptr() + 3 * 16
+    assert not len(RecordBank.build([records], [layout], [(0, 1), (0, 0), None]).scratch)
 
 
 @given(count=st.integers(1, 1 << 16), slots=st.integers(1, 32), units=st.integers(1, 300), cores=processors)

@@ -27,11 +27,13 @@ pytestmark = [
 TOKENS = (1, 2, 4, 7, 8, 9, 33, 130, 600)
 SHAPES = {"ragged": (6, 2, 136, 40), "many": (64, 8, 256, 72), "wide": (8, 4, 512, 640), "one": (4, 1, 64, 200),
           "long": (128, 8, 128, 896), "low": (16, 2, 128, 192), "tall": (6, 4, 5120, 640),
-          "deep": (4, 2, 256, 1600), "square": (8, 2, 4096, 2048), "flat": (4, 2, 1536, 256)}  # fmt: skip
+          "deep": (4, 2, 256, 1600), "square": (8, 2, 4096, 2048), "flat": (4, 2, 1536, 256),
+          "high": (4, 4, 128, 9216)}  # fmt: skip
 """Experts, chosen for a token, hidden, intermediate. "wide" is large enough at 7 and 8 tokens to pass on bytes of h;
-"long" and, without passing on, "tall" have more row blocks a group of warps at 8 than may wait for u t; "low" has
-teams of 32, 16 and 8 warps at 2, 4 and 7 tokens, and "tall" those of 24, where inputs take much of the memory; in
-"deep" and "square" v is multiplied in parts at 33 tokens, and in "flat" gate and up alone make their own t there."""
+"long" and, without passing on, "tall" have more row blocks a group of warps at 8 than may wait for u t, "high" at one;
+"low" has teams of 32, 16 and 8 warps at 2, 4 and 7 tokens, and "tall" those of 24, where inputs take much of the
+memory; in "deep" and "square" v is multiplied in parts at 33 tokens, and in "flat" gate and up alone make their own t
+there."""
 MIXED = "mixed"
 CASES = [
     *((shape, bits, 64, torch.bfloat16) for shape in ("ragged", "wide") for bits in BITS),
@@ -181,7 +183,7 @@ def test_against_float64(shape: str, bits: int | str, group_size: int, dtype: to
         ("wide", 3, (0, 8), 3, torch.bfloat16), ("low", 4, (0, 32), 4, torch.float16),
         ("deep", 3, (32, 0), 3, torch.bfloat16), ("wide", 3, (192, 0), 4, torch.bfloat16),
         ("square", 3, (32, 0, 96), 3, torch.bfloat16), ("square", 1, (16,), 8, torch.bfloat16),
-        ("flat", 3, (32, 0), 3, torch.bfloat16),
+        ("flat", 3, (32, 0), 3, torch.bfloat16), ("high", 3, (32, 0), 3, torch.bfloat16),
     ],
 )  # fmt: skip
 def test_compensators_against_float64(
@@ -193,8 +195,9 @@ def test_compensators_against_float64(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(registry.OVERRIDE, "cuda")  # or another implementation could run in the kernels' place
-    if shape in ("long", "tall"):
-        assert row_blocks_of_a_group(shape, int(bits), 8) > choose.PENDING, "these are to be tested"
+    if shape in ("long", "tall", "high"):
+        least = 1 if shape == "high" else 8
+        assert row_blocks_of_a_group(shape, int(bits), least) > choose.PENDING, "these are to be tested"
     if shape in ("deep", "square"):
         assert parts_of_v(shape, int(bits), max(ranks), 33) > 1, "these are to be tested"
     made = bank(shape, bits, 64, ranks, factor_bits).cuda()
@@ -213,7 +216,7 @@ def test_compensators_against_float64(
 
 @pytest.mark.parametrize("halves", [(1, 0), (0, 1)])
 def test_compensators_of_one_half(halves: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Halves reset each other's counters, so one without compensators has to as well: a second call would not wait."""
+    """Halves set each other's t to 0, so one without compensators has to as well: a second call would not wait."""
     monkeypatch.setenv(registry.OVERRIDE, "cuda")
     made = bank("wide", 3, 64, (32,), 3, halves).cuda()
     exact, rounded = dense(made, torch.float64), dense(made, torch.bfloat16)
@@ -225,6 +228,22 @@ def test_compensators_of_one_half(halves: tuple[int, int], monkeypatch: pytest.M
                 truth = run_experts(x.double(), ids, weights.double(), len(made), exact)
                 plain = run_experts(x, ids, weights, len(made), rounded)
                 check(made(x, ids, weights), truth, plain, f"{tokens} tokens, call {turn}")
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+@pytest.mark.parametrize("shape", ["wide", "low", "tall"])
+def test_a_t_of_zeros_is_there(shape: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In memory 0 stands for what nobody has made yet. What one call left there is no other number of tokens'."""
+    monkeypatch.setenv(registry.OVERRIDE, "cuda")
+    made = bank(shape, 3, 64, (32, 0), 3).cuda()
+    x, ids, weights = routed(shape, tokens, "usual", torch.bfloat16)
+    with torch.no_grad():
+        whole, x = made(x, ids, weights), x.clone()
+        x[::2] = 0
+        y = made(x, ids, weights)
+        assert not y[::2].any() and torch.equal(y[1::2], whole[1::2])
+        one = made(x[-1:], ids[-1:], weights[-1:])
+        assert torch.equal(made(x, ids, weights), y) and torch.equal(made(x[-1:], ids[-1:], weights[-1:]), one)
 
 
 def row_blocks_of_a_group(shape: str, bits: int, tokens: int) -> float:

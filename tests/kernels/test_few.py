@@ -16,23 +16,29 @@ import torch
 
 from moepress.kernels.banks import describe, rebuild
 from moepress.kernels.cuda import choose, compensate, few, grouped
-from moepress.kernels.cuda.bank import BankArgument, Factors, RecordBank
+from moepress.kernels.cuda.bank import BankArgument, Factors, RecordBank, t_columns
 from moepress.kernels.records import RecordLayout
 
 EXPERTS, SLOTS, HIDDEN, INNER, RANK = 8, 2, 256, 320, 32
 HALVES = [(False, False), (True, False), (False, True), (True, True)]
 
 
-def bank(rows: int, columns: int, missing: int = 0) -> RecordBank:
+def bank(rows: int, columns: int, missing: int = 0, *, is_v: bool = False) -> RecordBank:
     """Without a GPU; the last `missing` experts have no matrix."""
     layout = RecordLayout(rows, columns, 3, 64)
     where = tuple((0, expert) if expert < EXPERTS - missing else None for expert in range(EXPERTS))
     records = torch.zeros(EXPERTS, *layout.shape, dtype=torch.uint8)
-    return RecordBank((records,), (layout,), where, torch.zeros(EXPERTS + 1, 2, dtype=torch.int64))
+    room = 1 + choose.MAX_PAIRS * t_columns(layout) // 8 if is_v else 0
+    return RecordBank((records,), (layout,), where, torch.zeros(EXPERTS + room, 2, dtype=torch.int64))
 
 
 def factors(rows: int, columns: int, rank: int, missing: int = 0) -> Factors:
-    return Factors(bank(rank, columns, missing), bank(rows, rank, missing))
+    return Factors(bank(rank, columns, missing, is_v=True), bank(rows, rank, missing))
+
+
+def t_of(made: Factors | None) -> int | None:
+    """Address of t: after the rows of v's experts and a counter, of 16 bytes each."""
+    return made and made.v.table.data_ptr() + 16 * (EXPERTS + 1)
 
 
 @pytest.fixture
@@ -58,37 +64,31 @@ def run_experts(tokens: int, both: tuple[Factors | None, Factors | None]) -> Non
 
 @pytest.mark.parametrize("tokens", [1, 8])
 @pytest.mark.parametrize("has", HALVES)
-def test_each_half_resets_what_the_other_counts(
-    launches: list[tuple[Any, Any]], has: tuple[bool, bool], tokens: int
-) -> None:
+def test_each_half_sets_the_others_t_to_0(launches: list[tuple[Any, Any]], has: tuple[bool, bool], tokens: int) -> None:
     """Also a half without compensators: nobody else would."""
     made = factors(2 * INNER, HIDDEN, 2 * RANK), factors(HIDDEN, INNER, RANK)
     both = made[0] if has[0] else None, made[1] if has[1] else None
     run_experts(tokens, both)
-    counters = [each and each.v.table[EXPERTS].data_ptr() for each in both]
-    given = [compensators for _, compensators in launches]
-    assert [each.counters for each in given] == counters and [each.others for each in given] == counters[::-1]
+    given, own = [compensators for _, compensators in launches], [t_of(each) for each in both]
+    assert [each.t for each in given] == own and [each.others for each in given] == own[::-1]
+    pieces = [tokens * SLOTS * columns * 2 // 16 * there for columns, there in zip((2 * RANK, RANK), has, strict=True)]
+    assert [each.other_pieces for each in given] == pieces[::-1], "rows of all pairs, in pieces of 16 bytes"
     assert [each.columns for each in given] == [2 * RANK * has[0], RANK * has[1]], (
         "none where there are no compensators"
     )
 
 
-def test_halves_have_a_t_of_their_own(launches: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that runs out between the launches would leave the first half's counters as they are."""
-    order: list[str] = []
-    empty_t, launch = few._empty_t, few._launch
-    monkeypatch.setattr(few, "_empty_t", lambda *a: (order.append("t"), empty_t(*a))[1])
-    monkeypatch.setattr(few, "_launch", lambda *a, **k: (order.append("launch"), launch(*a, **k)))
-    run_experts(4, (factors(2 * INNER, HIDDEN, 2 * RANK), factors(HIDDEN, INNER, RANK)))
-    assert order == ["t", "t", "launch", "launch"]
-    assert launches[0][1].t and launches[1][1].t and launches[0][1].t != launches[1][1].t
+def test_a_bank_that_has_no_room_for_t_is_refused(launches: list[tuple[Any, Any]]) -> None:
+    """The kernel would write into what lies after its table."""
+    with pytest.raises(AssertionError, match="no room for t"):
+        run_experts(1, (Factors(bank(2 * RANK, HIDDEN), bank(2 * INNER, 2 * RANK)), None))
 
 
 @pytest.mark.parametrize("has", HALVES[1:])
 def test_threads_do_not_come_between_halves(
     launches: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch, has: tuple[bool, bool]
 ) -> None:
-    """On one stream another gate and up before this one's down would find what it waits for counted already."""
+    """On one stream another gate and up before this one's down would find t there already."""
     launch = few._launch
 
     def slow(*args: Any, **others: Any) -> None:
@@ -104,7 +104,7 @@ def test_threads_do_not_come_between_halves(
 
 
 @pytest.mark.parametrize("compensated", [True, False])
-def test_counters_are_reset_where_down_cannot_be_launched(
+def test_t_is_set_to_0_where_down_cannot_be_launched(
     launches: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch, compensated: bool
 ) -> None:
     made, launch = factors(2 * INNER, HIDDEN, 2 * RANK), few._launch
@@ -112,13 +112,13 @@ def test_counters_are_reset_where_down_cannot_be_launched(
     def count_or_fail(*args: Any, **others: Any) -> None:
         if launches:
             raise KeyboardInterrupt
-        made.v.counters.fill_(7)
+        made.v.scratch.fill_(7)
         launch(*args, **others)
 
     monkeypatch.setattr(few, "_launch", count_or_fail)
     with pytest.raises(KeyboardInterrupt):
         run_experts(1, (made if compensated else None, None))
-    assert made.v.counters.tolist() == ([0, 0] if compensated else [7, 7])
+    assert (made.v.scratch == (0 if compensated else 7)).all() and not made.v.table[:EXPERTS].any()
     assert not any(lock.locked() for lock in few._locks.values())
 
 
@@ -160,13 +160,14 @@ def test_compiled_code_makes_the_same_argument(where: tuple[tuple[int, int] | No
     assert again.in_order == (where == ((0, 0), (0, 1))) and (again.argument.first is not None) == again.in_order
 
 
-def test_a_dense_layer_resets_its_own_counters(launches: list[tuple[Any, Any]]) -> None:
+def test_a_dense_layer_resets_its_own_t(launches: list[tuple[Any, Any]]) -> None:
     """In the kernel: there is no other half."""
     x = torch.empty(1, HIDDEN, dtype=torch.bfloat16)
     made = factors(512, HIDDEN, RANK)
     assert few.few_linear(x, x.new_empty(1, 512), bank(512, HIDDEN), None, made)
     compensators = launches[0][1]
-    assert compensators.others is None and compensators.counters == made.v.counters.data_ptr() and compensators.t
+    assert compensators.others is None and not compensators.other_pieces
+    assert compensators.t == t_of(made) and compensators.ended == compensators.t - 16
 
 
 @pytest.mark.parametrize(("rank", "columns"), [(8, 32), (16, 32), (32, 32), (64, 64), (128, 128)])
@@ -174,8 +175,7 @@ def test_rows_of_t_have_room_for_what_lanes_load(launches: list[tuple[Any, Any]]
     """A lane loads 8 columns at least, four lanes a row; the kernels are told how many u has."""
     made = factors(HIDDEN, INNER, rank)
     x = torch.empty(1, INNER, dtype=torch.bfloat16)
-    own = few._empty_t(x, 16, made)
-    assert own is not None and own.shape == (16, columns)
+    assert made.t_columns == columns
     run_experts(1, (None, made))
     assert launches[1][1].columns == rank
     half = compensate.Half(choose.Tile(8, 1, 2, 1), bank(HIDDEN, INNER), made)

@@ -69,9 +69,10 @@ class RecordBank:
             else (0, 0)
             for place in where
         ]
-        if is_v:
-            rows += [(0, 0)] * (1 + choose.MAX_PAIRS * t_columns(layouts[0]) // 8)
-        table = torch.tensor(rows, dtype=torch.int64).to(records[0].device)
+        room = 1 + choose.MAX_PAIRS * t_columns(layouts[0]) // 8 if is_v else 0
+        table = torch.zeros(len(rows) + room, 2, dtype=torch.int64)
+        table[: len(rows)] = torch.tensor(rows, dtype=torch.int64)
+        table = table.to(records[0].device)
         torch.cuda.synchronize(records[0].device)
         return cls(tuple(records), tuple(layouts), tuple(where), table)
 

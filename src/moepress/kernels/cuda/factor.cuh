@@ -130,10 +130,17 @@ template <bool L1> __device__ __forceinline__ void load_half_t(u32 (&b)[4], cons
 
 // Whether all of t had been stored when this was loaded: 0 is what is not there yet (ours), see `put_t`.
 template <int N> __device__ __forceinline__ bool is_there(const u32 (&t)[N]) {
+#if __CUDA_ARCH__ >= 900
+    u32 least = t[0];
+#pragma unroll
+    for (int i = 1; i < N; ++i) asm("min.u16x2 %0, %0, %1;" : "+r"(least) : "r"(t[i]));
+    return least & 0xffff && least >> 16;
+#else
     u32 zeros = 0;  // the highest bit of a half of a word, where one is 0
 #pragma unroll
     for (int i = 0; i < N; ++i) zeros |= t[i] - 0x10001u & ~t[i];
     return !(zeros & 0x80008000u);
+#endif
 }
 
 __device__ __forceinline__ int load_acquire(const int* from) {
