@@ -22,11 +22,12 @@ from moepress.bench.problems import LAYERS, Problem
 from moepress.kernels.cuda import compiler, few, functions
 
 Edits = tuple[tuple[str, str], ...]
-GEMV: dict[str, Edits] = {
-    "no waiting for t": (
-        ("while (!__all_sync(~0u, is_there(half))) load_row(t, slot, lane);", ""),
-        ("while (!__all_sync(~0u, is_there(t))) load_row(t, slot, lane, i);", ""),
-    ),
+_GEMV_NO_WAITING = (
+    ("while (!__all_sync(~0u, is_there(half))) load_row(t, slot, lane);", ""),
+    ("while (!__all_sync(~0u, is_there(t))) load_row(t, slot, lane, i);", ""),
+)
+GEMV: dict[str, Edits] = {  # without v nobody may wait
+    "no waiting for t": _GEMV_NO_WAITING,
     "no u t": (
         (
             "int compensated = MODE == DOWN ? WARPS - 1 - warp : warp == WARPS - 1 ? row_slot : count;",
@@ -34,7 +35,10 @@ GEMV: dict[str, Edits] = {
         ),
         ("correction.add(part, unit, t, slot, row_block, lane);\n            if (NT > 1", "if (NT > 1"),
     ),
-    "no v": (("const int items = FACTORS ? active.compensated_count * f.v_row_blocks : 0;", "const int items = 0;"),),
+    "no v": (
+        *_GEMV_NO_WAITING,
+        ("const int items = FACTORS ? active.compensated_count * f.v_row_blocks : 0;", "const int items = 0;"),
+    ),
     "x not converted": (
         ("if (MODE == DOWN && NT > 1 && p.passed.bytes) copy_rows(s, p.passed);", ""),
         ("else stage_rows<G, BF16, NT, EARLY>(s, row_of, early, p.k);", ""),
@@ -47,7 +51,7 @@ _NO_WAITING = (
 )
 _NO_V = ("schedule.v_row_tiles = C::MULTIPLIES_V ? ", "schedule.v_row_tiles = C::MULTIPLIES_V && p.tokens < 0 ? ")
 _NO_UT = ("if (adds) compensator.add(acc[0], p.add, work, u_row_block, lane);", "")
-GROUPED: dict[str, Edits] = {  # without v nobody may wait
+GROUPED: dict[str, Edits] = {  # likewise
     "no waiting for t": _NO_WAITING,
     "no u t": (_NO_UT,),
     "no v": (*_NO_WAITING, _NO_V),

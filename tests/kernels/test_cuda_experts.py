@@ -246,6 +246,19 @@ def test_a_t_of_zeros_is_there(shape: str, tokens: int, monkeypatch: pytest.Monk
         assert torch.equal(made(x, ids, weights), y) and torch.equal(made(x[-1:], ids[-1:], weights[-1:]), one)
 
 
+@pytest.mark.parametrize("tokens", [1, 6, 8])
+def test_equal_ids_of_a_token_come_back(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever warms up with zeros has them. Results are anybody's guess, but blocks must not wait for different rows of t."""
+    monkeypatch.setenv(registry.OVERRIDE, "cuda")
+    made = bank("many", 3, 64, (32,), 3).cuda()
+    x, ids, weights = routed("many", tokens, "usual", torch.bfloat16)
+    with torch.no_grad():
+        for same in (ids * 0, ids // 4 * 4, torch.full_like(ids, 63)):
+            assert made(x, same, weights).shape == x.shape
+        torch.cuda.synchronize()
+        assert made(x, ids, weights).isfinite().all()
+
+
 def row_blocks_of_a_group(shape: str, bits: int, tokens: int) -> float:
     """Of gate and up in `gemv`, on average; an expert is run once for each four of its tokens."""
     from moepress.kernels.cuda.functions import processors_of, shared_bytes_of

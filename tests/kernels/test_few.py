@@ -50,7 +50,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
         found.append(args)
 
     team = choose.Team(4, 8)
-    plan = SimpleNamespace(function=SimpleNamespace(launch=launch), team=team, stages=3, shared=0)
+    plan = SimpleNamespace(function=SimpleNamespace(launch=launch), team=team, stages=2, shared=0)
     monkeypatch.setattr(few, "_plan", lambda *_: plan)
     monkeypatch.setattr(few, "processors_of", lambda device: 132)
     return found

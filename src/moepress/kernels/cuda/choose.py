@@ -21,7 +21,7 @@ Mode = Literal["DENSE", "GATE_UP", "DOWN", "PLAIN"]
 WARPS = 32
 """Warps of a block of `gemv`."""
 GEMV_STATIC = 41984
-"""Shared bytes of which no instance of `gemv` declares more, as in gemv_active.cuh; the largest has 40,960."""
+"""Shared bytes of which no instance of `gemv` declares more, as in gemv_active.cuh; the largest has 39,936."""
 MAX_TOKENS, MAX_PAIRS = 8, 64
 """Most tokens of a launch of `gemv`, and most pairs of token and expert where tokens are several."""
 MAX_SEGMENTS = 16

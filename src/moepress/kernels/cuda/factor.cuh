@@ -87,22 +87,21 @@ __device__ __forceinline__ int t_place(int column, int columns) {
     return unit + (column % 8 / 2 << (bits - 2)) + octet * 2 + column % 2;
 }
 
-// Column `column` of a row block of t, into a row. All 16 have a place. MARKED: zeros as negative ones.
-template <bool BF16, bool MARKED = false> __device__ __forceinline__ void put_t(u16* row, int column, int columns, float x) {
-    constexpr u16 ZERO = MARKED ? 0x8000 : 0;
+// Column `column` of a row block of t, into a row. All 16 have a place. Zeros are stored as negative ones, because 0 is what is not
+// there yet (ours): so whoever loads t early enough waits for nobody, where a counter took three trips to memory, each as long as
+// the queue of weights before it.
+template <bool BF16> __device__ __forceinline__ void put_t(u16* row, int column, int columns, float x) {
+    constexpr u16 ZERO = 0x8000;
     const u16 value = round16<BF16>(x);
     auto put = [&](int column, u16 value) {
-        u16* to = row + t_place(column, columns);
-        if (MARKED) asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(to), "h"(value) : "memory");
-        else *to = value;
+        asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(row + t_place(column, columns)), "h"(value) : "memory");
     };
-    put(column, MARKED && value == 0 ? ZERO : value);
+    put(column, value == 0 ? ZERO : value);
     if (columns <= ROWS) put(column + ROWS, ZERO);
 }
 
-// From L1, or from where all multiprocessors see what others store meanwhile; then each time anew.
-template <bool L1> __device__ __forceinline__ uint4 load_global(const uint4* from) {
-    if (L1) return *from;
+// From where all multiprocessors see what others store meanwhile, each time anew.
+__device__ __forceinline__ uint4 load_global(const uint4* from) {
     uint4 x;
     asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
@@ -111,24 +110,24 @@ template <bool L1> __device__ __forceinline__ uint4 load_global(const uint4* fro
     return x;
 }
 
-// A lane's part of unit `unit` of a row of t. Past L1 where that may have an older neighbour of this row. No more than one load
+// A lane's part of unit `unit` of a row of t. No more than one load
 // can write a register: with one for each number of columns, and zeros where a token is none, the second waited for the first,
 // 0.25 us of a tile's 4.
-template <bool L1> __device__ __forceinline__ void load_t(u32 (&b)[8], const u16* row, int unit, int columns, int lane) {
+__device__ __forceinline__ void load_t(u32 (&b)[8], const u16* row, int unit, int columns, int lane) {
     const uint4* from = reinterpret_cast<const uint4*>(row + unit * UNIT + lane % 4 * (columns < UNIT ? 8 : 16));
-    uint4 v[2] = {load_global<L1>(from), {~0u, ~0u, ~0u, ~0u}};  // not 0, which would not be there yet; only HALF may follow
-    if (columns >= UNIT) v[1] = load_global<L1>(from + 1);
+    uint4 v[2] = {load_global(from), {~0u, ~0u, ~0u, ~0u}};  // not 0, which would not be there yet; only HALF may follow
+    if (columns >= UNIT) v[1] = load_global(from + 1);
 #pragma unroll
     for (int i = 0; i < 2; ++i) b[4 * i] = v[i].x, b[4 * i + 1] = v[i].y, b[4 * i + 2] = v[i].z, b[4 * i + 3] = v[i].w;
 }
 
 // The same of one half of a row of 64 columns.
-template <bool L1> __device__ __forceinline__ void load_half_t(u32 (&b)[4], const u16* row, int half, int lane) {
-    const uint4 v = load_global<L1>(reinterpret_cast<const uint4*>(row + lane % 4 * 16) + half);
+__device__ __forceinline__ void load_half_t(u32 (&b)[4], const u16* row, int half, int lane) {
+    const uint4 v = load_global(reinterpret_cast<const uint4*>(row + lane % 4 * 16) + half);
     b[0] = v.x, b[1] = v.y, b[2] = v.z, b[3] = v.w;
 }
 
-// Whether all of t had been stored when this was loaded: 0 is what is not there yet (ours), see `put_t`.
+// Whether all of t had been stored when this was loaded, see `put_t`.
 template <int N> __device__ __forceinline__ bool is_there(const u32 (&t)[N]) {
 #if __CUDA_ARCH__ >= 900
     u32 least = t[0];

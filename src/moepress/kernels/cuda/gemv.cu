@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     __shared__ int most_pending;
     static_assert(!DEFERS || PENDING <= WARPS, "a warp has one of them at most");
     __shared__ Segment<NT> segments[PASSES ? MAX_SEGMENTS : 1];  // of this block, in the order of their turns
-    static_assert(sizeof(active) + sizeof(all_parts) + sizeof(all_pending) + sizeof(segments) + 1024 <= GEMV_STATIC,
+    static_assert(sizeof(active) + sizeof(all_parts) + sizeof(all_pending) + sizeof(most_pending) + sizeof(segments) + 1024 <= GEMV_STATIC,
                   "launches count on it, with what the system has");
     // ids take most of a microsecond to come, and what does not depend on them is computed meanwhile; those of GATE_UP may be made
     // by the launch ahead of it, for DOWN they are older than that
@@ -225,8 +225,8 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             for (int i = 0; i < PARTS * ROWS / WARP; ++i) own[i * WARP + lane] = 0.f;
             __syncwarp();
         }
-        // u t: of one expert by the last warp, which has the fewest columns, of down's by one warp each, the last first; u is asked
-        // for here, and multiplied at the end or, where it DEFERS, later
+        // u t: of a dense layer by the last warp, which has the fewest columns, of down's experts by one warp each, the last first,
+        // at the end, with u asked for here; where it DEFERS u is on its way to L2 for whoever multiplies it later
         Unit unit;
         int compensated = MODE == DOWN ? WARPS - 1 - warp : warp == WARPS - 1 ? row_slot : count;
         if constexpr (FACTORS)
@@ -259,12 +259,14 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
                 u32 next_t[8];
                 if (next < count && active.u[next])
                     correction.load(next_unit, next, row_block, 0, lane), correction.load_row(next_t, next, lane);
-                float part[2] = {};
-                if (active.u[compensated]) correction.add(part, unit, t, compensated, row_block, lane);
-                if constexpr (SCATTERS) scatter(own, compensated, part);
-                else
+                if (active.u[compensated]) {
+                    float part[2] = {};
+                    correction.add(part, unit, t, compensated, row_block, lane);
+                    if constexpr (SCATTERS) scatter(own, compensated, part);
+                    else
 #pragma unroll
-                    for (int i = 0; i < 2; ++i) y[i] = fmaf(MODE == DOWN ? active.weight[compensated][0] : 1.f, part[i], y[i]);
+                        for (int i = 0; i < 2; ++i) y[i] = fmaf(MODE == DOWN ? active.weight[compensated][0] : 1.f, part[i], y[i]);
+                }
                 compensated = next, unit = next_unit;
 #pragma unroll
                 for (int i = 0; i < 8; ++i) t[i] = next_t[i];
@@ -303,6 +305,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     if constexpr (FACTORS && MODE == DENSE) {  // the last block to end leaves t and the counter as it found them
         __syncthreads();
         if (threadIdx.x > 0) return;
+        // nobody stores t any more: some block that has counted itself had seen all of it before
         const u32 last = gridDim.x - 1;
         if (atomicInc(reinterpret_cast<u32*>(f.ended), last) != last) return;
         for (int i = 0; i < t_columns(f.columns) / 8; ++i) reinterpret_cast<uint4*>(f.t)[i] = make_uint4(0, 0, 0, 0);

@@ -23,7 +23,7 @@ struct Arguments {
     int n, k;               // GATE_UP: n is the intermediate size, half of the rows
     int records;            // of a row block
     int row_blocks;
-    int stages;
+    int stages;             // DENSE; experts have EXPERT_STAGES
 };
 
 struct Compensators {
@@ -53,7 +53,7 @@ template <int NT> struct Active {
     Expert expert[MOST];
     const u8 *v[MOST], *u[MOST];  // null: no compensator
     float weight[MOST][NT];       // DOWN
-    short pair[MOST][NT];         // token * slots + slot; -1: no more tokens
+    int pair[MOST][NT];           // token * slots + slot; -1: no more tokens
     short token[MOST][NT];
     short compensated[MOST];      // which of them have compensators
     int count, compensated_count;
@@ -121,7 +121,10 @@ __device__ void find_active(Active<NT>& active, const Arguments& p, const Compen
     const int thread = threadIdx.x, id = chosen.id;
     auto enter = [&](int at, int id, int pair, int column) {
         active.expert[at] = p.bank.expert(id);
-        active.pair[at][column] = pair, active.token[at][column] = pair / p.slots;
+        // of equal ids of a token, which there must not be, all blocks take the same pair: they would wait for each other's t
+        if (NT > 1) atomicMax(&active.pair[at][column], pair);
+        else active.pair[at][column] = pair;
+        active.token[at][column] = pair / p.slots;
         if (MODE == DOWN) active.weight[at][column] = chosen.weight;
         if (FACTORS) active.v[at] = f.v.expert(id).records, active.u[at] = f.u.expert(id).records;
     };

@@ -30,8 +30,8 @@ template <int FB, int FU, int NT, bool BF16, int MODE> struct Correction {
     __device__ bool gated() const { return MODE == GATE_UP && f.columns == UNIT; }
     // What a lane takes of t for unit i.
     __device__ __forceinline__ void load_row(u32 (&t)[8], int slot, int lane, int i = 0) const {
-        if (gated()) load_half_t<false>(reinterpret_cast<u32(&)[4]>(t), row(slot, lane), lane / 4 % 2, lane);
-        else load_t<false>(t, row(slot, lane), i, f.columns, lane);
+        if (gated()) load_half_t(reinterpret_cast<u32(&)[4]>(t), row(slot, lane), lane / 4 % 2, lane);
+        else load_t(t, row(slot, lane), i, f.columns, lane);
     }
     // part += u t, of rows lane / 4 and lane / 4 + 8 and of token lane % 4; the first unit is there, and t's asked for.
     __device__ __forceinline__ void add(float (&part)[2], Unit& unit, u32 (&t)[8], int slot, int row_block, int lane) const {

@@ -16,7 +16,7 @@ template <int GROUPS> struct Shares {
         stride = blocks * GROUPS;
         const bool alone = apart && all <= (blocks - (apart + 1) / 2) * GROUPS;
         const int own = alone ? (apart + 1) / 2 : blocks, others = blocks - own;
-        if (alone) first = block >= own ? block - own + group * others : others * GROUPS + block + group * own;
+        if (alone) first = block >= own ? block - own + group * others : NONE;
         else first = segments ? (blocks - 1 - block) * GROUPS + group : block + group * blocks;
         give_v(block, group, own);
     }

@@ -90,6 +90,6 @@ __device__ void finish_t(const Compensators& f, const Active<NT>& active, const 
     for (int i = part * WARP + lane; i < ROWS * NT; i += STORING * WARP) {
         const int row = i % ROWS, token = i / ROWS, pair = active.pair[slot][token];
         const float sum = add_parts<COLUMNS, WARPS>(parts, token, row);
-        if (pair >= 0) put_t<BF16, true>(f.t + pair * t_columns(f.columns), row_block * ROWS + row, f.columns, sum);
+        if (pair >= 0) put_t<BF16>(f.t + pair * t_columns(f.columns), row_block * ROWS + row, f.columns, sum);
     }
 }

@@ -48,7 +48,7 @@ template <int FB, int FU, bool BF16> struct Compensator {
     }
     __device__ __forceinline__ void load_row(const Compensators& f, const Work& work, int i, int lane) {
         const int token = work.token + min(lane / 4, work.tokens - 1);  // any for columns without a token
-        load_t<false>(t, f.t + (u64)token * t_columns(f.columns), i, f.columns, lane);
+        load_t(t, f.t + (u64)token * t_columns(f.columns), i, f.columns, lane);
     }
     // y += u t. The first unit is there, and t's asked for.
     __device__ __forceinline__ void add(float (&y)[4], const Compensators& f, const Work& work, int row_block, int lane) {
@@ -141,14 +141,13 @@ __device__ __forceinline__ void multiply_v(const Arguments& p, const Work& work,
     if (lane == 0) add_release(f.done);
 }
 
-// A warp's 16 rows of t for a tile of 8 tokens. Zeros are stored as negative ones: 0 is what is not there yet (ours). So whoever
-// loads t early enough waits for nobody; a counter took three trips to memory, each as long as the queue of weights before it.
+// A warp's 16 rows of t for a tile of 8 tokens.
 template <bool BF16>
 __device__ __forceinline__ void store_t(const Compensators& f, const Work& work, int row_block, const float (&acc)[4], int lane) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
         const int column = row_block * ROWS + lane / 4 + e / 2 * 8, token = lane % 4 * 2 + e % 2;
         if (token < work.tokens && row_block < f.v_row_blocks)
-            put_t<BF16, true>(f.t + (u64)(work.token + token) * t_columns(f.columns), column, f.columns, acc[e]);
+            put_t<BF16>(f.t + (u64)(work.token + token) * t_columns(f.columns), column, f.columns, acc[e]);
     }
 }

@@ -219,7 +219,7 @@ template <int N> struct Size {
     static constexpr int VALUE = N;
 };
 
-// All stages of a tile, and those of t. Where widths are mixed each has a stage of its own code: nothing is under way between.
+// All stages of a tile, in a loop for each width where these are mixed, and those of t.
 template <typename C, int B, int U, int G, bool BF16, int NT, int N, int FB, typename A>
 __device__ __forceinline__ void accumulate_codes(float (&acc)[1][N / 2], A& added, u32 stages_at, u32 stage_bytes, u32 sums_at,
                                                  u32 bars, int stages, int& stage, u32& phase, int records, int wg, int lane,
