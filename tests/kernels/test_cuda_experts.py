@@ -248,7 +248,7 @@ def test_a_t_of_zeros_is_there(shape: str, tokens: int, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("tokens", [1, 6, 8])
 def test_equal_ids_of_a_token_come_back(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever warms up with zeros has them. Results are anybody's guess, but blocks must not wait for different rows of t."""
+    """Whoever warms up with zeros has them. Results mean nothing, but blocks may not wait for different rows of t."""
     monkeypatch.setenv(registry.OVERRIDE, "cuda")
     made = bank("many", 3, 64, (32,), 3).cuda()
     x, ids, weights = routed("many", tokens, "usual", torch.bfloat16)
