@@ -6,7 +6,7 @@
 
 What is timed and how is `moepress bench`'s: CUDA graphs, cold L2, uniform routing, medians; ratios are taken within
 one run; `--alone` times moepress alone, `--tokens` other numbers of tokens than a part's own. `mixed` has no peer: a
-layer whose experts have 1, 2, 3 and 4 bits in turn, against the mean of the four uniform layers.
+layer whose experts have 1, 2, 3 and 4 bits in turn, against the uniform layers' mean over the experts that tokens chose.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def figures(rows: list[Row], setting: Setting) -> Iterator[Figure]:
 
 
 def mixed(clock: CudaClock, setting: Setting) -> Iterator[list[Figure]]:
-    """A Mixtral layer of four widths beside the mean of its uniform layers, which is its bytes' share of their time."""
+    """A Mixtral layer of four widths beside the uniform layers' mean over the experts that are read."""
     from moepress.kernels.cuda import run
 
     plain = [Problem("moe", LAYERS[NAMES[0]], 1, bits=bits) for bits in (1, 2, 3, 4)]
@@ -98,7 +98,8 @@ def mixed(clock: CudaClock, setting: Setting) -> Iterator[list[Figure]]:
             times.append(median(clock.replay(clock.record(calls), setting.seconds)))
             del calls
             clock.release()
-        mean = sum(times[:4]) / 4
+        hit = draw.ids.unique().tolist()
+        mean = sum(times[e % len(plain)] for e in hit) / len(hit)
         note = f"us, uniform and mixed: {[round(t, 1) for t in times]}"
         print(f"mixed widths T={tokens}: {times[4] / mean:.3f} of the mean; {note}", flush=True)
         yield [

