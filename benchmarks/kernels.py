@@ -6,7 +6,7 @@
 
 What is timed and how is `moepress bench`'s: CUDA graphs, cold L2, uniform routing, medians; ratios are taken within
 one run; `--alone` times moepress alone, `--tokens` other numbers of tokens than a part's own. `mixed` has no peer: a
-layer whose experts have 1, 2, 3 and 4 bits in turn, against the uniform layers' mean over the experts that tokens chose.
+layer whose experts have 1, 2, 3 and 4 bits in turn, against the uniform layers' mean over the experts that are read.
 """
 
 from __future__ import annotations
