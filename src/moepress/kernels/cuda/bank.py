@@ -43,8 +43,8 @@ class RecordBank:
     where: tuple[tuple[int, int] | None, ...]
     """Expert -> (which of `records`, slot); None: it has no such matrix."""
     table: torch.Tensor
-    """int64 [E and more, 2] on the device: address, 0 for none; word bits and, 32 bits up, the middle code. Below, of v
-    of compensators, zeros: a row for a counter, and `t`."""
+    """int64 [E and more, 2] on the device: address, 0 for none; word bits and, 32 bits up, the middle code. Below,
+    of v of compensators, `scratch`."""
     in_order: bool | None = None
     """Whether expert e has slot e of a single tensor; None: not found out yet, which takes 5 us for 128 experts."""
 

@@ -110,9 +110,8 @@ __device__ __forceinline__ uint4 load_global(const uint4* from) {
     return x;
 }
 
-// A lane's part of unit `unit` of a row of t. No more than one load
-// can write a register: with one for each number of columns, and zeros where a token is none, the second waited for the first,
-// 0.25 us of a tile's 4.
+// A lane's part of unit `unit` of a row of t. No more than one load can write a register: with one for each number of columns, and
+// zeros where a token is none, the second waited for the first, 0.25 us of a tile's 4.
 __device__ __forceinline__ void load_t(u32 (&b)[8], const u16* row, int unit, int columns, int lane) {
     const uint4* from = reinterpret_cast<const uint4*>(row + unit * UNIT + lane % 4 * (columns < UNIT ? 8 : 16));
     uint4 v[2] = {load_global(from), {~0u, ~0u, ~0u, ~0u}};  // not 0, which would not be there yet; only HALF may follow

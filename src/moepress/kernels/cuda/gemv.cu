@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     __shared__ int most_pending;
     static_assert(!DEFERS || PENDING <= WARPS, "a warp has one of them at most");
     __shared__ Segment<NT> segments[PASSES ? MAX_SEGMENTS : 1];  // of this block, in the order of their turns
-    static_assert(sizeof(active) + sizeof(all_parts) + sizeof(all_pending) + sizeof(most_pending) + sizeof(segments) + 1024 <= GEMV_STATIC,
-                  "launches count on it, with what the system has");
+    static_assert(sizeof(active) + sizeof(all_parts) + sizeof(all_pending) + sizeof(most_pending) + sizeof(segments) + 1024
+                      <= GEMV_STATIC, "launches count on it, with what the system has");
     // ids take most of a microsecond to come, and what does not depend on them is computed meanwhile; those of GATE_UP may be made
     // by the launch ahead of it, for DOWN they are older than that
     // (one token with compensators takes 3 % less in the compiler's order)
