@@ -98,8 +98,7 @@ def mixed(clock: CudaClock, setting: Setting) -> Iterator[list[Figure]]:
             times.append(median(clock.replay(clock.record(calls), setting.seconds)))
             del calls
             clock.release()
-        hit = draw.ids.unique().tolist()
-        mean = sum(times[e % len(plain)] for e in hit) / len(hit)
+        mean = mean_of_read(times[:-1], draw.ids)
         note = f"us, uniform and mixed: {[round(t, 1) for t in times]}"
         print(f"mixed widths T={tokens}: {times[4] / mean:.3f} of the mean; {note}", flush=True)
         yield [
@@ -108,6 +107,12 @@ def mixed(clock: CudaClock, setting: Setting) -> Iterator[list[Figure]]:
                 "at most 1.05 of the mean of the uniform layers", note,
             )
         ]  # fmt: skip
+
+
+def mean_of_read(times: Sequence[float], ids: torch.Tensor) -> float:
+    """Of layers whose experts have one width each, over the experts of a layer that has these widths in turn."""
+    read = ids.unique().tolist()
+    return sum(times[expert % len(times)] for expert in read) / len(read)
 
 
 def main() -> None:

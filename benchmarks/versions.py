@@ -65,11 +65,8 @@ def compare(names: list[str], text: str, rounds: int, seconds: float) -> str:
     recordings, times, first, changes = [], [[] for _ in names], None, []
     for name in names:
         bench = {each: importlib.import_module(f"{name}.bench.{each}") for each in ("clock", "ours", "problems")}
-        problem, ours, clock = (
-            parse(bench["problems"], text),
-            bench["ours"].Moepress(),
-            bench["clock"].CudaClock(device),
-        )
+        problem, ours = parse(bench["problems"], text), bench["ours"].Moepress()
+        clock = bench["clock"].CudaClock(device)
         ours.warm_up([problem], device)
         size = int(ours.bits_per_weight(problem) * problem.weights / 8)
         read = size * (problem.shape[1] if problem.moe else 1) // problem.experts

@@ -84,6 +84,12 @@ class RecordBank:
         """
         return self.table[len(self.where) :]
 
+    @property
+    def scratch_address(self) -> int:
+        """Where that begins; a view of it takes 1 us, and launches ask several times."""
+        assert len(self.table) > len(self.where), "a bank that is not v's has no room for t"
+        return self.table.data_ptr() + 16 * len(self.where)
+
     @cached_property
     def shape(self) -> choose.Bank:
         return choose.Bank(self.layouts)

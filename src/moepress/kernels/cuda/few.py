@@ -183,16 +183,14 @@ def _compensators(factors: Factors | None, others: Factors | None = None, pairs:
         return made
     v, u = factors.v.shape, factors.u.shape.any
     return _Compensators(
-        factors.v.argument, factors.u.argument, _t_of(factors), factors.v.scratch.data_ptr(), made.others,
+        factors.v.argument, factors.u.argument, _t_of(factors), factors.v.scratch_address, made.others,
         made.other_pieces, v.any.rows, v.row_blocks, v.any.records_per_row_block, u.records_per_row_block,
     )  # fmt: skip
 
 
 def _t_of(factors: Factors) -> int:
     """Address of t, after the counter's row."""
-    scratch = factors.v.scratch
-    assert len(scratch) > 1, "a bank that is not v's has no room for t"
-    return scratch.data_ptr() + 16
+    return factors.v.scratch_address + 16
 
 
 def _ranks(factors: Factors) -> choose.Ranks:
