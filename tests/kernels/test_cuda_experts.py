@@ -256,13 +256,14 @@ def test_a_t_of_zeros_is_there(shape: str, tokens: int, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("tokens", [1, 6, 8])
-def test_equal_ids_of_a_token_come_back(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", ["wide", "long"])
+def test_equal_ids_of_a_token_come_back(shape: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever warms up with zeros has them. Results mean nothing, but blocks may not wait for different rows of t."""
     monkeypatch.setenv(registry.OVERRIDE, "cuda")
-    made = bank("many", 3, 64, IN_TURN, 3).cuda()
-    x, ids, weights = routed("many", tokens, "usual", torch.bfloat16)
+    made = bank(shape, 3, 64, IN_TURN, 3).cuda()
+    x, ids, weights = routed(shape, tokens, "usual", torch.bfloat16)
     with torch.no_grad():
-        for same in (ids * 0, ids // 4 * 4, torch.full_like(ids, 63)):
+        for same in (ids * 0, ids // 4 * 4, torch.full_like(ids, len(made) - 1)):
             assert made(x, same, weights).shape == x.shape
         torch.cuda.synchronize()
         assert made(x, ids, weights).isfinite().all()
