@@ -19,8 +19,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 from common import Figure, finish
+from kernel_times import SHAPES
 
-from kernels import SHAPES
 from moepress.bench.ours import bank_layouts, dense_layouts
 from moepress.bench.problems import LAYERS, Problem
 from moepress.kernels.cuda import choose, compiler, run

@@ -7,7 +7,7 @@
 A version is a commit, or a folder that has `src/moepress` (`.` is the working tree). Each is copied into a package with
 a name of its own. A problem is a known layer or the N x K of a matrix, tokens, and the rank of compensators. Versions
 take turns; prints the median of each, the least and the most of its rounds, and how far its results are from the
-first's. Appends nothing: `kernels.py` makes the rows.
+first's. Appends nothing: `kernel_times.py` makes the rows.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def test_mixed_widths_are_compiled_and_timed_as_such(monkeypatch: pytest.MonkeyP
     """By benchmarks: kernels for several widths alone, and a mean over the experts that are read."""
     folder = Path(__file__).parents[2] / "benchmarks"
     monkeypatch.syspath_prepend(str(folder))
-    spec = importlib.util.spec_from_file_location("kernels", folder / "kernels.py")  # not this folder of tests
+    spec = importlib.util.spec_from_file_location("kernel_times", folder / "kernel_times.py")
     assert spec and spec.loader
     monkeypatch.setitem(sys.modules, "kernels", kernels := importlib.util.module_from_spec(spec))
     spec.loader.exec_module(kernels)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels' times beside 16 bits and the peers that are installed: rows in results.csv.
 
-    python benchmarks/kernels.py [--only dense,layers,widths,ranks,mixed] [--tokens 1,64] [--alone] [--seconds 0.3]
+    python benchmarks/kernel_times.py [--only dense,layers,widths,ranks,mixed] [--tokens 1,64] [--alone] [--seconds 0.3]
                                  [--note TEXT]
 
 What is timed and how is `moepress bench`'s: CUDA graphs, cold L2, uniform routing, medians; ratios are taken within
