@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
@@ -193,18 +192,14 @@ def test_mixed_widths_are_compiled_and_timed_as_such(monkeypatch: pytest.MonkeyP
     """By benchmarks: kernels for several widths alone, and a mean over the experts that are read."""
     folder = Path(__file__).parents[2] / "benchmarks"
     monkeypatch.syspath_prepend(str(folder))
-    spec = importlib.util.spec_from_file_location("kernel_times", folder / "kernel_times.py")
-    assert spec and spec.loader
-    monkeypatch.setitem(sys.modules, "kernels", kernels := importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(kernels)
-    compiling = importlib.import_module("compiling")
+    compiling, times = importlib.import_module("compiling"), importlib.import_module("kernel_times")
     found = [instance for source, instance in compiling.kernels("mixed") if source != "route.cu"]
     assert all(re.match(r"(gemv|grouped)<0, 4, ", each) or ", PLAIN, " in each for each in found)
     assert any(", PLAIN, " in each for each in found) and any(
         "24, DOWN, 1, 4, 1, 1, true, 3, " in each for each in found
     )
-    assert kernels.mean_of_read([1, 2, 3, 4], torch.tensor([[0, 3]])) == 2.5
-    assert kernels.mean_of_read([1, 2, 3, 4], torch.tensor([[0, 4], [4, 5]])) == pytest.approx(4 / 3)
+    assert times.mean_of_read([1, 2, 3, 4], torch.tensor([[0, 3]])) == 2.5
+    assert times.mean_of_read([1, 2, 3, 4], torch.tensor([[0, 4], [4, 5]])) == pytest.approx(4 / 3)
 
 
 def test_a_timeline_stamps_what_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
