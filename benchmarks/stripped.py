@@ -37,7 +37,7 @@ GEMV: dict[str, Edits] = {  # without v nobody may wait
     ),
     "no v": (
         *_GEMV_NO_WAITING,
-        ("const int items = FACTORS ? active.compensated_count * f.v_row_blocks : 0;", "const int items = 0;"),
+        ("const int items = FACTORS ? count * f.v_row_blocks : 0;", "const int items = 0;"),
     ),
     "x not converted": (
         ("if (MODE == DOWN && NT > 1 && p.passed.bytes) copy_rows(s, p.passed);", ""),

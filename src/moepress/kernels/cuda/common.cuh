@@ -33,6 +33,7 @@ struct Bank {
     __device__ Expert expert(int id) const {
         return experts ? experts[id] : Expert{first.records + id * stride, first.word_bits, first.centre};
     }
+    __device__ const u8* records(int id) const { return experts ? experts[id].records : first.records + id * stride; }
 };
 
 // ---- 16-bit types -------------------------------------------------------------------------------------------------
@@ -223,6 +224,11 @@ __device__ __forceinline__ long long load_here(const long long* from) {
     long long x;
     asm volatile("ld.global.s64 %0, [%1];" : "=l"(x) : "l"(from) : "memory");
     return x;
+}
+// What a launch is told comes through a cache, by the line, and the first to use a line waits for memory: lines are asked for early,
+// together with other things. `x` is a number of each that is not -1.
+__device__ __forceinline__ void ask_for(int x) {
+    asm volatile("{.reg .pred q; setp.eq.s32 q, %0, -1; @q trap;}" ::"r"(x));
 }
 // x, of which nothing is computed before what is asked for above.
 __device__ __forceinline__ int from_here(int x) {

@@ -29,6 +29,7 @@ class _Compensators(ctypes.Structure):
         ("v", BankArgument), ("u", BankArgument), ("t", ctypes.c_void_p), ("ended", ctypes.c_void_p),
         ("others", ctypes.c_void_p), ("other_pieces", ctypes.c_int), ("columns", ctypes.c_int),
         ("v_row_blocks", ctypes.c_int), ("v_records", ctypes.c_int), ("u_records", ctypes.c_int),
+        ("v_inverse", ctypes.c_uint32),
     )  # fmt: skip
 
 
@@ -185,7 +186,13 @@ def _compensators(factors: Factors | None, others: Factors | None = None, pairs:
     return _Compensators(
         factors.v.argument, factors.u.argument, _t_of(factors), factors.v.scratch_address, made.others,
         made.other_pieces, v.any.rows, v.row_blocks, v.any.records_per_row_block, u.records_per_row_block,
+        inverse(v.row_blocks),
     )  # fmt: skip
+
+
+def inverse(n: int) -> int:
+    """What `divide` in gemv_shares.cuh divides by n with."""
+    return 2**31 // n + 1
 
 
 def _t_of(factors: Factors) -> int:

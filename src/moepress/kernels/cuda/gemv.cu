@@ -30,17 +30,22 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     // several tokens' results of experts are added up by token, in the warp's part of the buffer instead of in registers
     constexpr bool SCATTERS = NT > 1 && MODE == DOWN;
     constexpr int PARTS = SCATTERS ? MAX_TOKENS : NT;       // columns or tokens of a part
+    // A row block of v has groups of its own size: down's few records would leave most of a large group idle (Qwen3's one token 11.9
+    // us, now 11.8), and of one token's gate and up a warp has so few that most are asked for before x (DeepSeek-MoE's 14.7 us, now 14.5).
+    constexpr int V_WARPS = MODE == GATE_UP && NT == 1 ? 8 : WARPS < 16 ? WARPS : 4, V_GROUPS = WARPS * GROUPS / V_WARPS;
+    static_assert(V_WARPS == WARPS || GROUPS + V_GROUPS < 16, "each has a barrier");
+    static_assert(Entering<NT, FACTORS>::THREADS <= WARPS * GROUPS * WARP, "a block has them");
     constexpr int STORING = NT > 1 && WARPS >= 16 ? PARTS / 2 : 1;  // warps that store a row block
     constexpr u32 V_SIZE = FACTORS ? Record<U, UNIT>::bytes(FB) : 0, OWN_SIZE = Record<U, G>::bytes(MAX_B);
     constexpr u32 SLOT = OWN_SIZE > V_SIZE ? OWN_SIZE : V_SIZE;
     const int stages = MODE == DENSE ? p.stages : EXPERT_STAGES;
     extern __shared__ __align__(1024) u8 shared[];
     __shared__ Active<NT> active;
-    __shared__ float all_parts[GROUPS][2][WARPS * PARTS * ROWS];
+    __shared__ float all_parts[2][WARPS * GROUPS * PARTS * ROWS];  // turn by turn, warp by warp
     constexpr bool PASSES = MODE == GATE_UP && NT > 1 && GROUPS == 8;
     // u t of up to PENDING turns of gate and up is added after them, each by a warp of its own: waiting for t, and a trip to memory
     // at the end of each turn, took 3 of 49 us for Qwen3's eight tokens, and 1.7 of 47 for Mixtral's one.
-    constexpr bool DEFERS = FACTORS && MODE == GATE_UP, APART = DEFERS && NT == 1;
+    constexpr bool DEFERS = FACTORS && MODE == GATE_UP;
     __shared__ Pending<NT> all_pending[DEFERS ? GROUPS : 1][DEFERS ? PENDING : 1];
     __shared__ int most_pending;
     static_assert(!DEFERS || PENDING <= WARPS, "a warp has one of them at most");
@@ -49,14 +54,14 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
                       <= GEMV_STATIC, "launches count on it, with what the system has");
     // ids take most of a microsecond to come, and what does not depend on them is computed meanwhile; those of GATE_UP may be made
     // by the launch ahead of it, for DOWN they are older than that
-    // (one token with compensators takes 3 % less in the compiler's order)
-    constexpr bool HERE = !(FACTORS && NT == 1);
     Chosen chosen = {};
-    if (MODE == DOWN) chosen = ask_chosen<BF16, MODE, HERE>(p);
+    if (MODE == DOWN) chosen = ask_chosen<BF16, NT, MODE, FACTORS>(p);
+    // (a dense layer of 4096x4096 took 0.1 us longer with it, of 5.7)
+    if (MODE != DENSE) ask_for(p.row_blocks & (FACTORS ? f.columns : -1));
     // by a shuffle: the same for the whole warp, so addresses of rings and records can live in uniform registers
     const int lane = threadIdx.x % WARP, any_warp = __shfl_sync(~0u, threadIdx.x / WARP, 0);
     const int warp = any_warp % WARPS, group = any_warp / WARPS;
-    auto& parts = all_parts[group];
+    const int v_warp = any_warp % V_WARPS, v_group = any_warp / V_WARPS;
     auto& pending = all_pending[DEFERS ? group : 0];
     const int pairs = p.tokens * p.slots;
     u64* bars = reinterpret_cast<u64*>(shared + WARPS * GROUPS * stages * SLOT);
@@ -79,7 +84,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
 #else
     const u64 policy = 0;
 #endif
-    if (MODE == GATE_UP) await_producers(), chosen = ask_chosen<BF16, MODE, HERE>(p);
+    if (MODE == GATE_UP) await_producers(), chosen = ask_chosen<BF16, NT, MODE, FACTORS>(p);
     // x with them: asked for after the first records it cost 2 of 19 us for Qwen3's two tokens
     constexpr int EARLY = MODE != GATE_UP ? 0 : NT == 1 ? 1 : 2;
     u32 early[EARLY ? EARLY : 1][4] = {};
@@ -90,9 +95,9 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             if (at < p.tokens * p.k) load_octet<BF16>(early[i], p.x, at, p.tokens * p.k);
         }
     if (PASSES && threadIdx.x < MAX_SEGMENTS) segments[threadIdx.x].stored = 0;
-    const int block = HERE ? from_here(blockIdx.x) : blockIdx.x, blocks = gridDim.x;
+    const int block = from_here(blockIdx.x), blocks = gridDim.x;
     const bool passes = PASSES && p.passed.bytes;
-    Shares<GROUPS> shares(blocks, block, group, passes, APART ? p.slots * f.v_row_blocks : 0, p.slots * p.row_blocks);
+    Shares<GROUPS, V_GROUPS> shares(blocks, block, group, v_group, passes);
     const int stride = shares.stride;
     const Steps<WARPS, MODE> steps(p, shares.first, stride, warp);
     Cursor<WARPS, MODE> ahead(steps, shares.first, warp), here = ahead;
@@ -114,13 +119,13 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         if (ahead.next_record(p, steps)) find_row();
     };
     find_row();
-    const int items = FACTORS ? active.compensated_count * f.v_row_blocks : 0;
-    if (FACTORS && passes) shares.spread_v(blocks, block, group, count * (p.row_blocks / 8), items);
+    const int items = FACTORS ? count * f.v_row_blocks : 0;
+    if (FACTORS && passes) shares.spread_v(blocks, block, v_group, count * (p.row_blocks / 8), items);
     int item = shares.first_of_v, v_slot = 0, v_row_block = 0, v_record = 0;
     auto fetch_v = [&] {
         if (v_record >= f.v_records) return ring.nothing();
         ring.fetch(locate(active.v[v_slot], v_row_block, v_record, f.v_records, V_SIZE), V_SIZE, policy, lane);
-        v_record += WARPS;
+        v_record += V_WARPS;
     };
     auto fetch_some = [&](int from, int to) {  // of a ring that is empty but for the first
 #pragma unroll 1
@@ -129,7 +134,11 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             else fetch_next();
     };
     auto find_v = [&] {
-        if (item < items) v_slot = active.compensated[item / f.v_row_blocks], v_row_block = item % f.v_row_blocks, v_record = warp;
+#pragma unroll 1  // in two copies of it there are no registers left
+        for (; item < items; item += shares.stride_of_v) {
+            v_slot = divide(item, f.v_inverse), v_row_block = item - v_slot * f.v_row_blocks, v_record = v_warp;
+            if (active.v[v_slot]) return;
+        }
     };
     if constexpr (FACTORS) find_v();
     // x would come after whatever is asked for before it; but for v, which everybody waits for: its second record asked for after x
@@ -151,10 +160,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     if (MODE == DOWN && NT > 1 && p.passed.bytes) copy_rows(s, p.passed);
     else stage_rows<G, BF16, NT, EARLY>(s, row_of, early, p.k);
     if (!V_FIRST || item >= items) fetch_some(1, stages - 1);
-    if (DEFERS && threadIdx.x == 0) {  // turns in as many parts as there have to be, as even as can be
-        const int turns = (count * p.row_blocks + stride - 1) / stride, times = (turns + PENDING - 1) / PENDING;
-        most_pending = turns ? (turns + times - 1) / times : 0;
-    }
+    if (DEFERS && threadIdx.x == 0) most_pending = even_part<PENDING>(count * p.row_blocks, stride);
     __syncthreads();
 
     // the staged row of the input of an expert's column; any for columns without a token
@@ -177,14 +183,16 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         to[0] += active.weight[slot][lane % 4] * y[0], to[8] += active.weight[slot][lane % 4] * y[1];
     };
     int turn = 0;
+    auto parts_of = [&](int any_warp) { return all_parts[turn % 2] + any_warp * PARTS * ROWS; };
     // below STORING: this warp stores, and that part
     auto storing = [&] { return (warp + WARPS - turn * STORING % WARPS) % WARPS; };
 
     if constexpr (FACTORS) {
+        const int v_barrier = V_WARPS == WARPS ? 1 + group : 1 + GROUPS + v_group;
         for (; item < items; ++turn) {
             const int slot = v_slot, row_block = v_row_block;
             float y[2] = {};
-            for (int record = warp; record < f.v_records; record += WARPS) {
+            for (int record = v_warp; record < f.v_records; record += V_WARPS) {
                 if (!V_FIRST) fetch_v();
                 ring.wait();
                 multiply<FB, U, UNIT, SEGMENTS>(y, ring.head(), x_of(slot, record), sums_of(slot, record), lane);
@@ -193,11 +201,11 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             }
             item += shares.stride_of_v;
             find_v(), fetch_some(0, item < items ? v_ahead : stages - 1);
-            put_part<NT>(parts[turn % 2] + warp * PARTS * ROWS, y, lane);
-            named_barrier(1 + group, WARPS * WARP);
-            if (storing() < STORING)
-                finish_t<BF16, NT, PARTS, WARPS, STORING>(f, active, parts[turn % 2], slot, row_block, storing(), lane);
+            put_part<NT>(parts_of(any_warp), y, lane);
+            named_barrier(v_barrier, V_WARPS * WARP);
+            if (v_warp == turn % V_WARPS) finish_t<BF16, NT, PARTS, V_WARPS>(f, active, parts_of(v_group * V_WARPS), slot, row_block, lane);
         }
+        if (V_WARPS != WARPS && turn > 0) turn = 0, named_barrier(v_barrier, V_WARPS * WARP);  // the last sums have been read
     }
 
     const Correction<FB, FU, NT, BF16, MODE> correction = {f, active};
@@ -219,7 +227,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
     for (; !here.done(p, count); ++turn) {
         const int row_block = here.row_block, row_slot = here.slot;
         const u32 row_x = x_of(row_slot, 0), row_sums = sums_of(row_slot, 0);
-        float y[2] = {}, *own = parts[turn % 2] + warp * PARTS * ROWS;
+        float y[2] = {}, *own = parts_of(any_warp);
         if constexpr (SCATTERS) {
 #pragma unroll
             for (int i = 0; i < PARTS * ROWS / WARP; ++i) own[i * WARP + lane] = 0.f;
@@ -286,7 +294,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
             named_barrier(1 + group, WARPS * WARP);
             if (storing() == 0)
                 for (int i = lane; i < NT * ROWS; i += WARP)
-                    last.sums[i] = add_parts<NT, WARPS>(parts[turn % 2], i / ROWS, i % ROWS);
+                    last.sums[i] = add_parts<NT, WARPS>(parts_of(group * WARPS), i / ROWS, i % ROWS);
             if (!now) continue;
             named_barrier(1 + group, WARPS * WARP);
             if (mine) add_late(unit, t, late_slot, late_row_block);
@@ -296,9 +304,9 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         named_barrier(1 + group, WARPS * WARP);
         if constexpr (PASSES)
             if (passes && storing() == 0)
-                pass_row<G, BF16, NT, WARPS>(p, active, parts[turn % 2], *segment, row_slot, row_block, lane);
+                pass_row<G, BF16, NT, WARPS>(p, active, parts_of(group * WARPS), *segment, row_slot, row_block, lane);
         if (!passes && storing() < STORING)
-            finish_row<BF16, NT, PARTS, MODE, WARPS, STORING>(p, active, parts[turn % 2], row_slot, row_block, storing(), lane);
+            finish_row<BF16, NT, PARTS, MODE, WARPS, STORING>(p, active, parts_of(group * WARPS), row_slot, row_block, storing(), lane);
         if (PASSES) ++segment;
         here.next_row(p, steps, stride, warp);
     }

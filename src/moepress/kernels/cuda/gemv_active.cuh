@@ -35,6 +35,7 @@ struct Compensators {
     int other_pieces;       // of 16 bytes, of `others`
     int columns;            // of t: 8, 16, 32 or a multiple of 64
     int v_row_blocks, v_records, u_records;
+    u32 v_inverse;          // of v_row_blocks, see `divide`
 };
 
 constexpr int MAX_SLOTS = 32;
@@ -55,17 +56,14 @@ template <int NT> struct Active {
     float weight[MOST][NT];       // DOWN
     int pair[MOST][NT];           // token * slots + slot; -1: no more tokens
     short token[MOST][NT];
-    short compensated[MOST];      // which of them have compensators
-    int count, compensated_count;
+    int count;
     u32 chosen[2][NT == 1 ? 1 : MAX_EXPERTS / 32];  // by anybody; by more than NT
     u32 tokens[NT == 1 ? 1 : MAX_EXPERTS / 4];      // a byte of tokens for each expert
 };
 
-// `HERE`: before any arithmetic that follows; else when the compiler thinks best.
-template <bool HERE> __device__ __forceinline__ int id_of(const Arguments& p, int pair) {
-    long long id;
-    if (HERE) id = p.ids_wide ? load_here((const long long*)p.ids + pair) : load_here((const int*)p.ids + pair);
-    else id = p.ids_wide ? ((const long long*)p.ids)[pair] : (long long)((const int*)p.ids)[pair];
+// Asked for before any arithmetic that follows.
+__device__ __forceinline__ int id_of(const Arguments& p, int pair) {
+    const long long id = p.ids_wide ? load_here((const long long*)p.ids + pair) : load_here((const int*)p.ids + pair);
     return id >= 0 && id < p.num_experts ? int(id) : -1;
 }
 
@@ -81,10 +79,11 @@ template <int NT> __device__ __forceinline__ int mark_tokens(Active<NT>& active,
     if (thread < MAX_EXPERTS / 4) active.tokens[thread] = 0;
     for (int i = thread; i < MAX_PAIRS * NT; i += blockDim.x) active.pair[i / NT][i % NT] = -1, active.token[i / NT][i % NT] = 0;
     __syncthreads();
-    if (id >= 0) atomicOr(&active.tokens[id / 4], 1u << (byte + token)), atomicOr(&active.chosen[0][id / 32], 1u << (id % 32));
+    if (id >= 0 && thread < MAX_PAIRS)
+        atomicOr(&active.tokens[id / 4], 1u << (byte + token)), atomicOr(&active.chosen[0][id / 32], 1u << (id % 32));
     __syncthreads();
     const int rank = id < 0 ? 0 : __popc(active.tokens[id / 4] >> byte & ((1u << token) - 1));
-    if (rank == NT) atomicOr(&active.chosen[1][id / 32], 1u << (id % 32));
+    if (rank == NT && thread < MAX_PAIRS) atomicOr(&active.chosen[1][id / 32], 1u << (id % 32));
     __syncthreads();
     return rank;
 }
@@ -105,58 +104,55 @@ template <int NT> __device__ __forceinline__ int place_of(Active<NT>& active, in
     return rank < NT ? before[0] : all[0] + before[1];
 }
 
+// Threads that enter a pair in the list: the first for W, as many for v and for u, since one thread's way to three banks took a
+// third of a microsecond of each launch for Qwen3's one token.
+template <int NT, bool FACTORS> struct Entering {
+    static constexpr int PLACES = NT == 1 ? WARP : MAX_PAIRS, THREADS = (FACTORS ? 3 : 1) * PLACES;
+};
+
 // What a thread asks for of its pair; on its way while the thread goes on.
 struct Chosen {
     int id;
     float weight;
 };
-template <bool BF16, int MODE, bool HERE> __device__ __forceinline__ Chosen ask_chosen(const Arguments& p) {
-    const bool has = MODE != DENSE && threadIdx.x < p.tokens * p.slots;
-    return {has ? id_of<HERE>(p, threadIdx.x) : -1, has && MODE == DOWN ? weight_of<BF16>(p, threadIdx.x) : 0.f};
+template <bool BF16, int NT, int MODE, bool FACTORS> __device__ __forceinline__ Chosen ask_chosen(const Arguments& p) {
+    using E = Entering<NT, FACTORS>;
+    const int pair = threadIdx.x % E::PLACES;
+    const bool has = MODE != DENSE && threadIdx.x < E::THREADS && pair < p.tokens * p.slots;
+    return {has ? id_of(p, pair) : -1, has && MODE == DOWN ? weight_of<BF16>(p, pair) : 0.f};
 }
 
 // All threads; ends with a barrier.
 template <int NT, int MODE, bool FACTORS>
 __device__ void find_active(Active<NT>& active, const Arguments& p, const Compensators& f, const Chosen& chosen) {
-    const int thread = threadIdx.x, id = chosen.id;
-    auto enter = [&](int at, int id, int pair, int column) {
+    using E = Entering<NT, FACTORS>;
+    const int thread = threadIdx.x, pair = thread % E::PLACES, bank = thread / E::PLACES, id = chosen.id;
+    auto enter = [&](int at, int column) {
+        if (FACTORS && bank == 1) active.v[at] = f.v.records(id);
+        if (FACTORS && bank == 2) active.u[at] = f.u.records(id);
+        if (bank > 0) return;
         active.expert[at] = p.bank.expert(id);
         // of equal ids of a token, which there must not be, all blocks take the same pair: they would wait for each other's t
-        if (NT > 1) atomicMax(&active.pair[at][column], pair);
+        if (NT > 1) atomicMax(&active.pair[at][column], pair), active.token[at][column] = pair / p.slots;
         else active.pair[at][column] = pair;
-        active.token[at][column] = pair / p.slots;
         if (MODE == DOWN) active.weight[at][column] = chosen.weight;
-        if (FACTORS) active.v[at] = f.v.expert(id).records, active.u[at] = f.u.expert(id).records;
     };
     if constexpr (MODE == DENSE) {
         if (thread == 0) active.expert[0] = p.bank.expert(0), active.count = 1;
-        if (FACTORS && thread == 0) active.v[0] = f.v.expert(0).records, active.u[0] = f.u.expert(0).records;
+        if (FACTORS && thread == 0) active.v[0] = f.v.records(0), active.u[0] = f.u.records(0);
         if (thread < NT) active.pair[0][thread] = thread < p.tokens ? thread : -1;
     } else if constexpr (NT == 1) {
-        if (thread < WARP) {
+        if (thread < E::THREADS) {
             const u32 votes = __ballot_sync(~0u, id >= 0);
-            if (id >= 0) enter(__popc(votes & ((1u << thread) - 1)), id, thread, 0);
+            if (id >= 0) enter(__popc(votes & ((1u << pair) - 1)), 0);
             if (thread == 0) active.count = __popc(votes);
         }
     } else {
-        const int rank = mark_tokens(active, id, thread / p.slots);
-        if (thread < MAX_PAIRS) {
+        const int rank = mark_tokens(active, id, pair / p.slots);
+        if (thread < E::THREADS) {
             const int at = place_of(active, id, rank, p.num_experts);
-            if (id >= 0) enter(at, id, thread, rank % NT);  // tokens that share an expert write the same
+            if (id >= 0) enter(at, rank % NT);  // tokens that share an expert write the same
         }
     }
     __syncthreads();
-    if constexpr (FACTORS) {
-        if (thread < WARP) {
-            int count = 0;
-            for (int at = thread; at - thread < active.count; at += WARP) {
-                const bool has = at < active.count && active.v[at];
-                const u32 votes = __ballot_sync(~0u, has);
-                if (has) active.compensated[count + __popc(votes & ((1u << thread) - 1))] = at;
-                count += __popc(votes);
-            }
-            if (thread == 0) active.compensated_count = count;
-        }
-        __syncthreads();
-    }
 }

@@ -10,7 +10,7 @@ template <int NT> struct Pending {
     int slot, row_block;
 };
 
-// A warp's sums of one row block into its part of its group's buffer.
+// A warp's sums of one row block into its part of the buffer.
 template <int NT> __device__ __forceinline__ void put_part(float* part, const float (&y)[2], int lane) {
     const int column = NT == 1 ? 0 : lane % 4;
     if (NT == 1 && lane % 4) return;
@@ -83,11 +83,11 @@ __device__ void pass_row(const Arguments& p, const Active<NT>& active, const flo
         *reinterpret_cast<float2*>(p.passed.sums + (u64)pair * row_sums<NT>(units * SEGMENTS) + at) = make_float2(bytes.scale, bytes.sum);
 }
 
-// The same for a row block of t.
-template <bool BF16, int NT, int COLUMNS, int WARPS, int STORING>
-__device__ void finish_t(const Compensators& f, const Active<NT>& active, const float* parts, int slot, int row_block, int part,
-                         int lane) {
-    for (int i = part * WARP + lane; i < ROWS * NT; i += STORING * WARP) {
+// The same for a row block of t; one warp.
+template <bool BF16, int NT, int COLUMNS, int WARPS>
+__device__ void finish_t(const Compensators& f, const Active<NT>& active, const float* parts, int slot, int row_block, int lane) {
+    // (else the compiler keeps what follows from a lane in registers all along, and has none left)
+    for (int i = from_here(lane); i < ROWS * NT; i += WARP) {
         const int row = i % ROWS, token = i / ROWS, pair = active.pair[slot][token];
         const float sum = add_parts<COLUMNS, WARPS>(parts, token, row);
         if (pair >= 0) put_t<BF16>(f.t + pair * t_columns(f.columns), row_block * ROWS + row, f.columns, sum);
