@@ -136,6 +136,12 @@ def test_structures_have_the_fields_of_their_source(structure: type[ctypes.Struc
     assert names == [name for name, *_ in structure._fields_]
 
 
+def test_row_blocks_of_v_come_with_what_divides_by_them(launches: list[tuple[Any, Any]]) -> None:
+    run_experts(1, (factors(2 * INNER, HIDDEN, 6 * RANK), None))
+    given = launches[0][1]
+    assert given.v_row_blocks == 6 * RANK // 16 > 1 and given.v_inverse == few.inverse(given.v_row_blocks)
+
+
 @pytest.mark.parametrize("missing", [0, 1])
 def test_factors_need_a_table_only_where_an_expert_has_none(launches: list[tuple[Any, Any]], missing: int) -> None:
     """The first records would wait for it."""
