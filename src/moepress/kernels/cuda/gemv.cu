@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(WARPS* GROUPS* WARP, 1) gemv(const Arguments p
         to[0] += active.weight[slot][lane % 4] * y[0], to[8] += active.weight[slot][lane % 4] * y[1];
     };
     int turn = 0;
-    auto parts_of = [&](int any_warp) { return all_parts[turn % 2] + any_warp * PARTS * ROWS; };
+    auto parts_of = [&](int first) { return all_parts[turn % 2] + first * PARTS * ROWS; };  // a warp and those after it
     // below STORING: this warp stores, and that part
     auto storing = [&] { return (warp + WARPS - turn * STORING % WARPS) % WARPS; };
 

@@ -32,7 +32,7 @@ private:
 __device__ __forceinline__ int divide(int i, unsigned inverse) { return int((unsigned long long)(2 * i) * inverse >> 32); }
 
 // Turns of `stride` for `all` row blocks in as few parts of up to MOST turns as there have to be: how many a part has, as even as
-// can be; 0 where there are none. (Everybody waits for whoever finds out, which took 0.2 us with divisions.)
+// can be; 0 where there are none. Without divisions: everybody waits for the thread that finds out.
 template <int MOST> __device__ __forceinline__ int even_part(int all, int stride) {
     int turns = 0;  // with more than these a part has MOST
 #pragma unroll 1
