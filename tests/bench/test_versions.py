@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from transformers.utils import import_utils
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +45,13 @@ def test_a_copy_is_a_package_of_its_own(versions: ModuleType, tmp_path: Path, mo
     for wrong in ("qwen3-30b-a3b", "qwen3-30b-a3b,64", "4096x512,1,-2"):
         with pytest.raises(SystemExit, match=f"{wrong!r} is not of the form"):
             versions.parse(modules[1], wrong)
+
+
+def test_no_benchmark_has_the_name_of_a_package_that_transformers_looks_for() -> None:
+    """It would find the benchmark: its folder is the first that a running benchmark looks in."""
+    looked_for = {*re.findall(r'_is_package_available\("(\w+)', inspect.getsource(import_utils))}
+    assert {"kernels", "torch"} <= looked_for
+    assert not looked_for & {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
 
 
 @pytest.mark.skipif(not has_commit(), reason="needs git and a repository with a commit")
